@@ -1,0 +1,30 @@
+"""clipfleet: CLIP vectors for images and texts, in process, over HTTP and in bulk."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from clipfleet.errors import ClipfleetError
+from clipfleet.vectors import rank
+
+if TYPE_CHECKING:
+    from clipfleet.embedder import CLIPEmbedder, CLIPModel
+    from clipfleet.images import load_image
+
+__version__ = "0.1.0"
+__all__ = ["CLIPEmbedder", "CLIPModel", "ClipfleetError", "load_image", "rank"]
+
+# Names whose modules need torch or Pillow: imported when first asked for, so that the light install works.
+_HOMES = {
+    "CLIPEmbedder": "clipfleet.embedder",
+    "CLIPModel": "clipfleet.embedder",
+    "load_image": "clipfleet.images",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'clipfleet' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

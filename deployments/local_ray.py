@@ -1,0 +1,361 @@
+"""A Ray and a Ray Serve for one `clipfleet serve`: its processes, ports and files belong to that command alone.
+
+    with local_service(config, host="127.0.0.1", port=8000, metrics_port=9464) as service:
+        ...                 # every deployment of the application runs
+        service.wait()      # until Ctrl-C or SIGTERM
+                            # on leaving: requests in flight are finished, then every process and file is gone
+
+Serve reads its variables when it is imported, so ray is imported here only after they are set. A guardian, a small process
+of the standard library alone, outlives the command and ends what the command left behind, also after `kill -9`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deployments.haproxy_wrapper import haproxy_binary, haproxy_environment
+
+LOOPBACK = "127.0.0.1"
+MARK = "CLIPFLEET_INSTANCE"  # every process of an instance inherits this variable; its value is the instance's folder
+PORTS = range(20000, 32000, 100)  # below the kernel's range for outgoing connections; an instance takes one block of 100
+UNPLACED_S = 60  # a replica that no node has room for is waited for this long
+DRAIN_S = 5  # at a stop, requests in flight have this long to finish
+
+
+def _setup_error(message: str) -> Exception:
+    from clipfleet.errors import SetupError  # here, because the guardian runs without site-packages
+
+    return SetupError(message)
+
+
+# --- before Ray: ports, folder, environment
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        # Lets a port in TIME_WAIT pass, but not one that somebody listens on, even with SO_REUSEPORT as HAProxy does.
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+    except OSError:
+        bound.close()
+        raise
+    return bound
+
+
+def claim_port(host: str, port: int, option: str) -> socket.socket:
+    """Make sure that `port` is free, and keep other instances from it until the returned socket is closed."""
+    claim = socket.socket(socket.AF_UNIX)
+    try:
+        _bind(host, port).close()
+        if sys.platform.startswith("linux"):
+            claim.bind(f"\0clipfleet-port-{port}")  # abstract: nothing on disk, gone with this process
+    except OSError as error:
+        claim.close()
+        raise _setup_error(
+            f"cannot listen on {host}:{port}: {error.strerror or error}. Choose another with {option}."
+        ) from None
+    return claim
+
+
+def _free(port: int) -> bool:
+    with suppress(OSError):
+        _bind(LOOPBACK, port).close()
+        return True
+    return False
+
+
+def claim_block() -> tuple[socket.socket, int]:
+    """A block of free loopback ports. Its first one stays bound by the returned socket, which marks the block as taken."""
+    for first in random.sample(PORTS, len(PORTS)):
+        with suppress(OSError):
+            claim = _bind(LOOPBACK, first)
+            if all(_free(port) for port in range(first + 1, first + PORTS.step)):
+                return claim, first
+            claim.close()
+    raise _setup_error(f"no block of {PORTS.step} free ports between {PORTS.start} and {PORTS.stop}")
+
+
+def make_folder() -> Path:
+    """The instance's private folder. Its path is short: a Unix socket's may have 107 bytes, a node id takes 56 of them."""
+    base = tempfile.gettempdir()
+    return Path(tempfile.mkdtemp(prefix="cf-", dir=base if len(base) <= 16 else "/tmp")).resolve()
+
+
+def prepare_environment(host: str, port: int, block: int, folder: Path) -> dict[str, str]:
+    """Set what Ray and Serve read when they are imported, and return it. A variable that the user set already wins.
+
+    `host` and `port` are where clients connect, `block` is the first port of a block from claim_block.
+    """
+    if "ray" in sys.modules:
+        raise RuntimeError("ray was imported before its environment was set")
+    values = {
+        MARK: str(folder),  # how the guardian knows this instance's processes
+        "RAY_USAGE_STATS_ENABLED": "0",  # Ray sends usage statistics to its makers unless told not to
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",  # calls between deployments by gRPC: 82 -> 116 requests/s, 259 with HAProxy
+        # Ray takes a loopback address of its node only with its support for clusters off (as it is on macOS); with any other
+        # address all its parts listen on all interfaces.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_AUTH_MODE": "token",  # Ray's default here (~/.ray/auth_token), set so that it does not announce it on stderr
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # under `uv run` Ray would build an environment anew for each worker
+        "RAY_metrics_report_interval_ms": "2000",  # metrics reach the metrics port every 2 s, not every 10 s
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # HAProxy follows in under 1 s; 30 s would hold up every stop
+        # Ports of this instance's ingress replicas and of Serve's own proxy, apart from any other instance's.
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(block + 3),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(block + 4),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(block + 5),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(block + PORTS.step - 1),
+    }
+    if binary := haproxy_binary():
+        values |= haproxy_environment(host, port, block, folder, binary)
+    return {name: os.environ.setdefault(name, value) for name, value in values.items()}
+
+
+# --- Ray and the application
+
+
+def listen_on_loopback() -> None:
+    """Runs in every worker: Serve's replicas take each other's pickled calls on all interfaces, which is fixed in its code."""
+    import ray._common.tls_utils as tls
+
+    add_port = tls.add_port_to_grpc_server
+    tls.add_port_to_grpc_server = lambda server, address: add_port(server, address.replace("[::]", LOOPBACK))
+
+
+def _start_ray(folder: Path, metrics_port: int) -> None:
+    import ray
+    import ray._private.worker
+
+    # Ray prints its own words about failed tasks and placement to our terminal, whatever log_to_driver says.
+    ray._private.worker.print_to_stdstream = lambda *_, **__: None
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        configure_logging=False,
+        log_to_driver=False,  # replicas log to files; the terminal belongs to the command
+        namespace="serve",
+        object_store_memory=512 * 2**20,  # requests travel by gRPC; Ray's default of 30% is memory that models need
+        runtime_env={"worker_process_setup_hook": "deployments.local_ray.listen_on_loopback"},
+        _node_ip_address=LOOPBACK,
+        _metrics_export_port=metrics_port,
+        _temp_dir=str(folder),
+    )
+
+
+def _deploy(config: dict[str, Any], host: str, port: int) -> Any:
+    from ray.serve._private.api import serve_start
+    from ray.serve.schema import ServeDeploySchema
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    behind_haproxy = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
+    schema = ServeDeploySchema.model_validate(config)
+    options = {**config.get("http_options", {}), "host": LOOPBACK if behind_haproxy else host, "port": port}
+    client = serve_start(http_options=options, proxy_location="HeadOnly", global_logging_config=schema.logging_config)
+    client.deploy_apps(_with_others(client, schema))
+    return client
+
+
+def _with_others(client: Any, schema: Any) -> Any:
+    """The configuration together with applications of a running Serve, which would remove those that it does not name."""
+    ours = {application.name for application in schema.applications}
+    others = [
+        details["deployed_app_config"]
+        for name, details in client.get_serve_details().get("applications", {}).items()
+        if name not in ours and details.get("deployed_app_config")
+    ]
+    return type(schema).model_validate(
+        {
+            **schema.model_dump(exclude_unset=True),
+            "applications": [*others, *(application.model_dump(exclude_unset=True) for application in schema.applications)],
+        }
+    )
+
+
+def cause(message: str) -> str:
+    """The error that a status message of Serve ends in, without the traceback above it."""
+    lines = message.strip().splitlines()
+    starts = [number for number, line in enumerate(lines) if re.match(r"[A-Za-z_][\w.]*: \S", line)]
+    text = "\n".join(lines[starts[-1] if starts else -1 :])
+    return re.sub(r"^clipfleet\.errors\.\w+: ", "", text)
+
+
+def _wait_until_running(client: Any, name: str) -> None:
+    unplaced_since: float | None = None
+    while (status := client.get_serve_status(name)).app_status.status != "RUNNING":
+        for deployment in status.deployment_statuses:
+            if "failed to start" in deployment.message:
+                raise _setup_error(f"{deployment.name} did not start: {cause(deployment.message)}")
+        if status.app_status.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            raise _setup_error(f"{name} did not start: {cause(status.app_status.message)}")
+        waiting = [d for d in status.deployment_statuses if "to be scheduled" in d.message]
+        unplaced_since = (unplaced_since or time.monotonic()) if waiting else None
+        # Serve itself says so only after 30 s.
+        if unplaced_since and time.monotonic() - unplaced_since > UNPLACED_S - 30:
+            raise _setup_error(_no_room(waiting[0].name, waiting[0].message))
+        time.sleep(0.2)
+    client.wait_for_proxies_serving()
+
+
+def _no_room(deployment: str, message: str) -> str:
+    import ray
+
+    asked = re.search(r"Resources required for each replica: (\{.*?\})", message)
+    free = {name: n for name, n in ray.available_resources().items() if name in ("CPU", "GPU", "memory")}
+    return f"no room for a replica of {deployment} in {UNPLACED_S} s: it asks for {asked[1] if asked else '?'}, free are {free}"
+
+
+# --- the end
+
+
+def _finish_requests(name: str) -> None:
+    """Take the application off: its replicas finish what they hold; HAProxy answers 503 to newcomers."""
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return
+    client.delete_apps([name], blocking=False)
+    deadline = time.monotonic() + DRAIN_S
+    while time.monotonic() < deadline and any(status.name == name for status in client.list_serve_statuses()):
+        time.sleep(0.1)
+
+
+def _stop(name: str) -> None:
+    if "ray" not in sys.modules:
+        return
+    import ray
+
+    with suppress(Exception, KeyboardInterrupt):  # a second Ctrl-C ends the patience, not the cleaning up
+        if ray.is_initialized():
+            _finish_requests(name)
+    with suppress(Exception, KeyboardInterrupt):
+        ray.shutdown()
+
+
+def _start_guardian(folder: Path) -> subprocess.Popen[bytes]:
+    code = "import sys; sys.path.append(sys.argv[1]); from deployments.local_ray import guard; guard(*sys.argv[2:])"
+    root = str(Path(__file__).resolve().parents[1])
+    command = [sys.executable, "-I", "-S", "-c", code, root, str(folder), str(os.getpid())]
+    # A session of its own: Ctrl-C and the end of the terminal must not reach it.
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+
+
+def _belongs(pid: int, folder: str) -> bool:
+    """A process that carries the mark, or (Ray's own write their titles over it) has a file of the folder open for writing."""
+    process = Path("/proc") / str(pid)
+    with suppress(OSError):
+        if f"{MARK}={folder}".encode() in (process / "environ").read_bytes().split(b"\0"):
+            return True
+        for link in (process / "fd").iterdir():
+            with suppress(OSError):
+                if os.readlink(link).startswith(f"{folder}/") and link.lstat().st_mode & 0o200:
+                    return True
+    return False
+
+
+def guard(folder: str, command: str) -> None:
+    """Wait until the process `command` has closed our stdin or died; then end the other processes and remove the folder."""
+    sys.stdin.buffer.read()
+    deadline = time.monotonic() + 20
+    clear = 0
+    while clear < 3 and time.monotonic() < deadline:  # a process may be born while we look
+        pids = [int(entry) for entry in os.listdir("/proc") if entry.isdigit()] if os.path.isdir("/proc") else []
+        members = [pid for pid in pids if pid not in (os.getpid(), int(command)) and _belongs(pid, folder)]
+        clear = 0 if members else clear + 1
+        for pid in members:
+            with suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.1)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Service:
+    host: str
+    port: int
+    metrics_port: int
+    name: str  # of the application
+
+    def wait(self) -> None:
+        """Return at Ctrl-C or SIGTERM."""
+        with suppress(KeyboardInterrupt):
+            while True:
+                time.sleep(3600)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _listen_to_signals() -> None:
+    """Ctrl-C too is set: a shell starts background jobs with it ignored."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+
+
+@contextmanager
+def local_service(
+    config: dict[str, Any], *, host: str = LOOPBACK, port: int = 8000, metrics_port: int = 9464, address: str | None = None
+) -> Iterator[Service]:
+    """Run the application of a Ray Serve config file (as a dict) and yield once all its deployments run.
+
+    `address` (or RAY_ADDRESS) names a running Ray: the application is added to that, and nothing else is started or stopped.
+    Call it in the main thread before ray is imported. Raises SetupError for a taken port, an application that fails (with its
+    own error's line) and replicas that find no room in 60 s; KeyboardInterrupt for Ctrl-C or SIGTERM during the start.
+    """
+    name = config["applications"][0]["name"]
+    service = Service(host, port, metrics_port, name)
+    address = address or os.environ.get("RAY_ADDRESS")
+    with _connected(address) if address else _own_ray(host, port, metrics_port):
+        try:
+            _listen_to_signals()  # ray.init has set a handler of its own
+            _wait_until_running(_deploy(config, host, port), name)
+            yield service
+        finally:
+            _stop(name)
+
+
+@contextmanager
+def _connected(address: str) -> Iterator[None]:
+    import ray
+
+    try:
+        ray.init(address=address, namespace="serve", log_to_driver=False)
+    except (ConnectionError, RuntimeError) as error:  # the cause lies deeper: a wrong address, or RAY_AUTH_MODE of the cluster
+        raise _setup_error(f"cannot connect to the Ray at {address}: {cause(str(error.__context__ or error))}") from None
+    yield
+
+
+@contextmanager
+def _own_ray(host: str, port: int, metrics_port: int) -> Iterator[None]:
+    claims = [claim_port(host, port, "--port"), claim_port(LOOPBACK, metrics_port, "--metrics-port")]
+    claim, block = claim_block()
+    folder = make_folder()
+    guardian = _start_guardian(folder)
+    try:
+        _listen_to_signals()
+        prepare_environment(host, port, block, folder)
+        _start_ray(folder, metrics_port)
+        yield
+    finally:
+        _stop("")
+        with suppress(KeyboardInterrupt):
+            guardian.communicate(timeout=30)
+        for socket_ in (*claims, claim):
+            socket_.close()
