@@ -1,0 +1,219 @@
+"""Typed settings of the service, and the only reader of YAML and environment."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from clipfleet.errors import SettingsError
+
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+APPLICATION = "clipfleet"
+IMPORT_PATH = "deployments.graph:build"
+ENCODERS = ("ImageEncoder", "TextEncoder")
+DEPLOYMENTS = ("Ingress", "ImageDecoder", *ENCODERS)
+
+Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(ge=0)]
+
+
+class Settings(BaseModel):
+    """Base of all settings: unknown names are refused, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class LimitSettings(Settings):
+    """What one request, one image and the whole ingress may cost. Sizes are bytes, times are seconds."""
+
+    body_bytes: Count = 64 * 1024 * 1024
+    images_per_request: Count = 64
+    texts_per_request: Count = 2048
+    text_characters: Count = 100_000
+    image_bytes: Count = 20 * 1024 * 1024
+    image_pixels: Count = 64_000_000
+    image_formats: tuple[str, ...] = IMAGE_FORMATS
+    deadline_s: Annotated[float, Field(gt=0)] = 30.0
+    inflight_items: Count = 4096
+    inflight_bytes: Count = 512 * 1024 * 1024
+    decoding_bytes: Count = 1024 * 1024 * 1024
+
+    @field_validator("image_formats")
+    @classmethod
+    def _known(cls, formats: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = set(formats) - set(IMAGE_FORMATS)
+        if unknown or not formats:
+            raise ValueError(f"image_formats must be some of {', '.join(IMAGE_FORMATS)}")
+        return formats
+
+
+class ServiceSettings(Settings):
+    """The `args` of the application: what is served, on what, within which limits."""
+
+    model: str = "openai/clip-vit-base-patch32"
+    served_model_name: str | None = None
+    device: str = "auto"
+    precision: Literal["float32", "float16", "bfloat16"] = "float32"
+    engine: Literal["torch"] = "torch"
+    gpus_per_replica: Annotated[float, Field(gt=0)] = 1.0
+    cpus_per_replica: Annotated[float, Field(gt=0)] = 1.0
+    threads_per_replica: Count | None = None
+    exif_orientation: bool = True
+    limits: LimitSettings = LimitSettings()
+    api_keys: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, device: str) -> str:
+        kind, _, index = device.partition(":")
+        if kind not in ("auto", "cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
+            raise ValueError("device must be auto, cpu, cuda or cuda:N")
+        return device
+
+
+class BatchSettings(Settings):
+    """The `user_config` of an encoder: may change while it runs.
+
+    `max_batch_size` counts items; `batch_wait_timeout_s` is how long a batch that is not full waits for
+    company while the model is idle.
+    """
+
+    max_batch_size: Count = 32
+    batch_wait_timeout_s: Seconds = 0.0
+
+
+def parse(kind: type[Settings], values: dict[str, Any] | None, where: str) -> Any:
+    """Validate settings, or raise a SettingsError with one line a problem."""
+    try:
+        return kind.model_validate(values or {})
+    except ValidationError as error:
+        raise SettingsError("; ".join(_explain(problem, where) for problem in error.errors())) from None
+
+
+def _explain(problem: Any, where: str) -> str:
+    name = ".".join([where, *(str(part) for part in problem["loc"])])
+    if problem["type"] == "extra_forbidden":
+        return f"{name}: there is no such setting"
+    return f"{name}: {problem['msg'].removeprefix('Value error, ')} (got {problem['input']!r})"
+
+
+def service_settings(args: dict[str, Any]) -> ServiceSettings:
+    """The application's args as settings. API keys also come from CLIPFLEET_API_KEYS (comma-separated)."""
+    keys = [key.strip() for key in os.environ.get("CLIPFLEET_API_KEYS", "").split(",") if key.strip()]
+    merged = {**args, "api_keys": [*(args.get("api_keys") or ()), *keys]} if keys else args
+    return parse(ServiceSettings, merged, "args")
+
+
+def check_batching(
+    deployment: str, batch: BatchSettings, max_ongoing_requests: int, target_ongoing_requests: float | None
+) -> None:
+    """Refuse settings of an encoder that contradict each other; the error names both."""
+    if max_ongoing_requests < batch.max_batch_size:
+        raise SettingsError(
+            f"{deployment}: max_ongoing_requests {max_ongoing_requests} is below max_batch_size "
+            f"{batch.max_batch_size} x max_concurrent_batches 1, so batches can never fill. "
+            f"Raise max_ongoing_requests to {batch.max_batch_size} or more (twice that keeps the model busy), "
+            "or lower max_batch_size"
+        )
+    if target_ongoing_requests is not None and target_ongoing_requests < batch.max_batch_size:
+        raise SettingsError(
+            f"{deployment}: target_ongoing_requests {target_ongoing_requests:g} is below max_batch_size "
+            f"{batch.max_batch_size}, so replicas are added before batches fill. "
+            f"Raise target_ongoing_requests to {batch.max_batch_size} or more, or lower max_batch_size"
+        )
+
+
+# What Serve takes where a file is silent (ray 2.60: DeploymentConfig, AutoscalingConfig).
+_SERVE_MAX_ONGOING, _SERVE_TARGET_ONGOING = 5, 2.0
+
+
+def check_deployment(name: str, options: dict[str, Any]) -> None:
+    """Check one entry of `deployments:`; numbers that it does not give are the ones of deployments/graph.py."""
+    autoscaling = options.get("autoscaling_config")
+    automatic = options.get("num_replicas") == "auto"
+    ceiling = options.get("max_ongoing_requests", DEFAULT_MAX_ONGOING.get(name, _SERVE_MAX_ONGOING))
+    target = None
+    if autoscaling is not None or automatic:
+        target = (autoscaling or {}).get("target_ongoing_requests", _SERVE_TARGET_ONGOING)
+        if target > ceiling:
+            raise SettingsError(
+                f"{name}: target_ongoing_requests {target:g} is above max_ongoing_requests {ceiling}, so "
+                "replicas are never added. Lower the first or raise the second"
+            )
+    if autoscaling is not None and autoscaling.get("min_replicas", 1) > autoscaling.get("max_replicas", 1):
+        raise SettingsError(
+            f"{name}: min_replicas {autoscaling.get('min_replicas', 1)} is above max_replicas "
+            f"{autoscaling.get('max_replicas', 1)}"
+        )
+    if name in ENCODERS:
+        batch = parse(BatchSettings, options.get("user_config"), f"deployments.{name}.user_config")
+        check_batching(name, batch, ceiling, target)
+        if options.get("ray_actor_options"):
+            raise SettingsError(
+                f"{name}: ray_actor_options would replace what args set; use args.gpus_per_replica and "
+                "args.cpus_per_replica instead"
+            )
+
+
+DEFAULT_MAX_ONGOING = {"Ingress": 10_000, "ImageDecoder": 64, "ImageEncoder": 256, "TextEncoder": 256}
+
+
+def read_config(source: str) -> dict[str, Any]:
+    """Read a Serve config file by path, or a packaged one by bare name (`demo`), and check it whole.
+
+    Raises SettingsError. Nothing of Ray is imported or started for it.
+    """
+    path = config_path(source)
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingsError(f"config {source!r} cannot be read: {error}") from error
+    check_config(config, source)
+    return config
+
+
+def config_path(source: str) -> Path:
+    """Find a config file: an existing path, or a packaged name with or without `.yaml`."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    bare = path.name.removesuffix(".yaml")
+    if path.parent == Path() or path.parent.name == "configs":
+        for folder in _packaged_folders():
+            for candidate in (folder / "configs" / f"{bare}.yaml", folder / f"{bare}.yaml"):
+                if candidate.is_file():
+                    return candidate
+    names = sorted({file.stem for folder in _packaged_folders() for file in folder.glob("configs/*.yaml")})
+    raise SettingsError(f"there is no config file {source!r}; packaged ones are {', '.join(names)}")
+
+
+def _packaged_folders() -> list[Path]:
+    root = Path(__file__).parent.parent
+    return [root, root / "deployments"]  # a checkout keeps them at its top, the wheel inside deployments/
+
+
+def check_config(config: Any, source: str) -> None:
+    """Check every part of a config file that is ours, so that a mistake shows before Ray starts."""
+    applications = config.get("applications") if isinstance(config, dict) else None
+    if not isinstance(applications, list):
+        raise SettingsError(f"config {source!r} has no list `applications`")
+    ours = [app for app in applications if isinstance(app, dict) and app.get("name") == APPLICATION]
+    if len(ours) != 1:
+        raise SettingsError(f"config {source!r} must hold one application named {APPLICATION!r}, not {len(ours)}")
+    if ours[0].get("import_path") != IMPORT_PATH:
+        raise SettingsError(f"config {source!r}: import_path must be {IMPORT_PATH!r}")
+    service_settings(ours[0].get("args") or {})
+    for options in ours[0].get("deployments") or []:
+        name = options.get("name") if isinstance(options, dict) else options
+        if name not in DEPLOYMENTS:
+            raise SettingsError(
+                f"config {source!r}: there is no deployment {name!r}; the graph has {', '.join(DEPLOYMENTS)}"
+            )
+        check_deployment(name, options)
+    listed = {options["name"] for options in ours[0].get("deployments") or []}
+    for name in set(ENCODERS) - listed:
+        check_deployment(name, {})
