@@ -120,9 +120,13 @@ def _download(hub_id: str, revision: str | None, weights: bool) -> tuple[Path, s
     try:
         folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
         if weights and revision is None and not any(folder.glob("model*.safetensors")):
-            converted = _converted_revision(hub_id, folder.name)
+            # Refs of the hub's cache are names of commits; this one makes the next start work offline.
+            ref = folder.parents[1] / "refs" / "clipfleet" / f"safetensors-of-{folder.name}"
+            converted = ref.read_text() if ref.is_file() else _converted_revision(hub_id, folder.name)
             if converted:
                 folder = Path(snapshot_download(hub_id, revision=converted, allow_patterns=patterns))
+                ref.parent.mkdir(parents=True, exist_ok=True)
+                ref.write_text(converted)
     except Exception as error:  # the hub's client lets through errors of every layer below it
         name = f"{hub_id}@{revision}" if revision else hub_id
         raise CheckpointNotFound(

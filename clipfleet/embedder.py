@@ -6,8 +6,9 @@ import asyncio
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from itertools import zip_longest
 from types import TracebackType
 from typing import TypeVar
 
@@ -79,14 +80,18 @@ class CLIPEmbedder:
             raise SettingsError(f"batch_size must be at least 1, not {batch_size}")
         results: list[np.ndarray | None] = []
         chunks = [image_paths[start : start + batch_size] for start in range(0, len(image_paths), batch_size)]
+        decoding = self._decode_all(chunks[0]) if chunks else None
         with tqdm(total=len(image_paths), desc="Embedding", unit="image", disable=not show_progress) as bar:
-            decoding = self._decode_all(chunks[0]) if chunks else None
-            for chunk, following in _with_next(chunks):
-                assert decoding is not None
-                decoded = await decoding
-                decoding = self._decode_all(following) if following is not None else None
-                results += await self._run(self._model_thread, lambda: self._encode(decoded))
-                bar.update(len(chunk))
+            try:
+                for chunk, following in zip_longest(chunks, chunks[1:]):
+                    assert decoding is not None
+                    decoded = await decoding
+                    decoding = self._decode_all(following) if following is not None else None
+                    results += await self._run(self._model_thread, lambda: self._encode(decoded))
+                    bar.update(len(chunk))
+            finally:
+                if decoding is not None:
+                    decoding.cancel()  # does nothing unless the loop was left early
         failed = sum(vector is None for vector in results)
         logger.info("Embedded {} of {} images, {} failed", len(results) - failed, len(results), failed)
         return results
@@ -136,7 +141,13 @@ class CLIPEmbedder:
 
     async def _run(self, pool: Executor, work: Callable[[], T]) -> T:
         self._check_open()
-        return await asyncio.get_running_loop().run_in_executor(pool, work)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(pool, work)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or not task.cancelling():
+                self._check_open()  # nobody cancelled the caller: close() has dropped its work
+            raise
 
     def _decode_all(self, paths: Sequence[str | os.PathLike[str]]) -> asyncio.Future[list[np.ndarray | ImageError]]:
         return asyncio.gather(*(self._run(self._decoders, lambda path=path: self._decode(path)) for path in paths))
@@ -154,13 +165,10 @@ class CLIPEmbedder:
         return [next(vectors) if isinstance(pixels, np.ndarray) else None for pixels in decoded]
 
 
-def _with_next(chunks: list[T]) -> Iterator[tuple[T, T | None]]:
-    yield from zip(chunks, [*chunks[1:], None], strict=True)
-
-
 def _release(encoder: Encoder, *pools: ThreadPoolExecutor) -> None:
     for pool in pools:
-        pool.shutdown(cancel_futures=True)
+        # The last reference may die on one of these threads, so nothing here may wait for them.
+        pool.shutdown(wait=False, cancel_futures=True)
     encoder.close()
 
 

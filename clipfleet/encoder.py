@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -63,8 +64,9 @@ class Encoder:
             self.context_length: int = config.text_config.max_position_embeddings
             self._check_pixels()
             self.logit_scale, self.logit_bias = _read_logits(self.checkpoint)
-            self._models = {tower: self._load(tower) for tower in towers}
+            self._models = {tower: self._load(tower, config) for tower in towers}
             self._tokenizer = AutoTokenizer.from_pretrained(self.checkpoint.folder) if "text" in towers else None
+        self._tokenizing = threading.Lock()  # a tokenizer keeps padding and truncation as state between its calls
         if self.device.type == "cuda" and precision == "float32":
             torch.backends.cudnn.allow_tf32 = False  # the patch convolution would lose 1e-3 otherwise
             torch.backends.cuda.matmul.allow_tf32 = False
@@ -79,18 +81,23 @@ class Encoder:
                 f"pixels, its vision tower takes {self.image_size} x {self.image_size}"
             )
 
-    def _load(self, tower: Tower) -> torch.nn.Module:
-        kind = _TOWER_CLASSES[self.checkpoint.model_type, tower]
-        model, report = kind.from_pretrained(
+    def _load(self, tower: Tower, config: Any) -> torch.nn.Module:
+        part = config.vision_config if tower == "image" else config.text_config
+        if config.model_type == "clip":
+            part.projection_dim = config.projection_dim  # LAION's files hold another, unused one in each tower
+        model, report = _TOWER_CLASSES[config.model_type, tower].from_pretrained(
             self.checkpoint.folder,
+            config=part,
             dtype=PRECISIONS[self.precision],
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are reported, and refused below by name
             output_loading_info=True,
         )
-        if report["missing_keys"]:  # transformers would go on with random weights
+        wrong = sorted(report["missing_keys"]) + sorted(name for name, *_ in report["mismatched_keys"])
+        if wrong:  # transformers would go on with random weights
             raise CheckpointUnsupported(
-                f"checkpoint {self.checkpoint.name!r} lacks weights of its {tower} tower: "
-                f"{', '.join(sorted(report['missing_keys'])[:3])}, ..."
+                f"checkpoint {self.checkpoint.name!r}: weights of its {tower} tower are missing or have another shape "
+                f"than config.json says: {', '.join(wrong[:3])}{', ...' if wrong[3:] else ''}"
             )
         return model.eval().requires_grad_(False).to(self.device)
 
@@ -131,11 +138,9 @@ class Encoder:
         context = self.context_length
         # SigLIP was trained with every text padded to the context; CLIP's causal tower does not see padding.
         padding = "max_length" if self.checkpoint.model_type == "siglip" else True
-        with _quiet_transformers():
-            full = self._tokenizer(texts, truncation=False, return_attention_mask=False)["input_ids"]
-            tokens = self._tokenizer(
-                texts, padding=padding, truncation=True, max_length=context, return_tensors="pt"
-            )
+        with self._tokenizing:
+            full = self._tokenizer(texts, truncation=False, return_attention_mask=False, verbose=False)["input_ids"]
+            tokens = self._tokenizer(texts, padding=padding, truncation=True, max_length=context, return_tensors="pt")
         return dict(tokens), [len(ids) > context for ids in full]
 
     def _halving(self, forward: Any, batch: np.ndarray) -> np.ndarray:
@@ -151,6 +156,7 @@ class Encoder:
 
     @torch.inference_mode()
     def _forward_pixels(self, pixels: np.ndarray) -> np.ndarray:
+        pixels = np.require(pixels, requirements="CW")  # torch warns of read-only arrays, such as Ray's
         batch = torch.from_numpy(pixels).to(self.device, non_blocking=True)  # (n, H, W, 3) uint8
         batch = batch.permute(0, 3, 1, 2).float() * self.checkpoint.pixels.rescale  # (n, 3, H, W) float32, 0..1
         batch = (batch - self._mean) / self._std
@@ -161,6 +167,11 @@ class Encoder:
     def _forward_tokens(self, tokens: dict[str, torch.Tensor]) -> np.ndarray:
         output = self._models["text"](**{name: value.to(self.device) for name, value in tokens.items()})
         return _unit(output.text_embeds if self.checkpoint.model_type == "clip" else output.pooler_output)
+
+
+def set_threads(count: int) -> None:
+    """Let torch use `count` threads in this process. Ray would give a replica one a CPU that it reserves."""
+    torch.set_num_threads(count)
 
 
 def resolve_device(device: str) -> torch.device:

@@ -178,7 +178,7 @@ def to_picture(image: Image.Image, spec: PixelSpec, limits: ImageLimits = DEFAUL
         if limits.exif_orientation:
             image = _orient(image)
         _check_pixels(image.width, image.height, limits, "the image")  # some formats learn their size while loading
-        pixels = np.asarray(_resize(_to_rgb(image), spec, limits))
+        pixels = np.array(_resize(_to_rgb(image), spec, limits))  # a copy: what Pillow gives is read-only
         return Picture(np.ascontiguousarray(_pad(pixels, spec.size)), image.width, image.height)
     except ClipfleetError:
         raise

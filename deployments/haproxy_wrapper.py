@@ -78,7 +78,10 @@ def edit(config: str, folder: Path, host: str, port: str) -> str:
         # Serve and the replicas stay on loopback; this is the one address that the user asked for.
         (rf"^    bind 127\.0\.0\.1:{port}$", f"    bind {public_bind(host, port)}"),
         # Prometheus and statistics pages, for this machine alone.
-        (r"^(\s+)bind (?:\*)?:(\d+)$(?=\n    mode http\n    http-request use-service|\n  stats)", r"\1bind 127.0.0.1:\2"),
+        (
+            r"^(\s+)bind (?:\*)?:(\d+)$(?=\n    mode http\n    http-request use-service|\n  stats)",
+            r"\1bind 127.0.0.1:\2",
+        ),
     ]
     if not re.search(r"^    use_backend ", config, re.MULTILINE):
         # Before the application is there Serve would answer 404 in plain text.

@@ -15,10 +15,8 @@ import logging
 import os
 import random
 import re
-import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,19 +26,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clipfleet.errors import SetupError
+from clipfleet.settings import APPLICATION
+from deployments.guardian import MARK, start_guardian
 from deployments.haproxy_wrapper import haproxy_binary, haproxy_environment
 
 LOOPBACK = "127.0.0.1"
-MARK = "CLIPFLEET_INSTANCE"  # every process of an instance inherits this variable; its value is the instance's folder
-PORTS = range(20000, 32000, 100)  # below the kernel's range for outgoing connections; an instance takes one block of 100
+PORTS = range(
+    20000, 32000, 100
+)  # below the kernel's range for outgoing connections; an instance takes one block of 100
 UNPLACED_S = 60  # a replica that no node has room for is waited for this long
 DRAIN_S = 5  # at a stop, requests in flight have this long to finish
-
-
-def _setup_error(message: str) -> Exception:
-    from clipfleet.errors import SetupError  # here, because the guardian runs without site-packages
-
-    return SetupError(message)
 
 
 # --- before Ray: ports, folder, environment
@@ -68,7 +64,7 @@ def claim_port(host: str, port: int, option: str) -> socket.socket:
             claim.bind(f"\0clipfleet-port-{port}")  # abstract: nothing on disk, gone with this process
     except OSError as error:
         claim.close()
-        raise _setup_error(
+        raise SetupError(
             f"cannot listen on {host}:{port}: {error.strerror or error}. Choose another with {option}."
         ) from None
     return claim
@@ -89,7 +85,7 @@ def claim_block() -> tuple[socket.socket, int]:
             if all(_free(port) for port in range(first + 1, first + PORTS.step)):
                 return claim, first
             claim.close()
-    raise _setup_error(f"no block of {PORTS.step} free ports between {PORTS.start} and {PORTS.stop}")
+    raise SetupError(f"no block of {PORTS.step} free ports between {PORTS.start} and {PORTS.stop}")
 
 
 def make_folder() -> Path:
@@ -113,6 +109,8 @@ def prepare_environment(host: str, port: int, block: int, folder: Path) -> dict[
         # address all its parts listen on all interfaces.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_AUTH_MODE": "token",  # Ray's default here (~/.ray/auth_token), set so that it does not announce it on stderr
+        # A message between replicas: Ray's 4 MiB would refuse one large image. Calls hold 16 MiB and one more image.
+        "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(256 * 2**20),
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # under `uv run` Ray would build an environment anew for each worker
         "RAY_metrics_report_interval_ms": "2000",  # metrics reach the metrics port every 2 s, not every 10 s
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # HAProxy follows in under 1 s; 30 s would hold up every stop
@@ -182,7 +180,10 @@ def _with_others(client: Any, schema: Any) -> Any:
     return type(schema).model_validate(
         {
             **schema.model_dump(exclude_unset=True),
-            "applications": [*others, *(application.model_dump(exclude_unset=True) for application in schema.applications)],
+            "applications": [
+                *others,
+                *(application.model_dump(exclude_unset=True) for application in schema.applications),
+            ],
         }
     )
 
@@ -200,14 +201,14 @@ def _wait_until_running(client: Any, name: str) -> None:
     while (status := client.get_serve_status(name)).app_status.status != "RUNNING":
         for deployment in status.deployment_statuses:
             if "failed to start" in deployment.message:
-                raise _setup_error(f"{deployment.name} did not start: {cause(deployment.message)}")
+                raise SetupError(f"{deployment.name} did not start: {cause(deployment.message)}")
         if status.app_status.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-            raise _setup_error(f"{name} did not start: {cause(status.app_status.message)}")
+            raise SetupError(f"{name} did not start: {cause(status.app_status.message)}")
         waiting = [d for d in status.deployment_statuses if "to be scheduled" in d.message]
         unplaced_since = (unplaced_since or time.monotonic()) if waiting else None
         # Serve itself says so only after 30 s.
         if unplaced_since and time.monotonic() - unplaced_since > UNPLACED_S - 30:
-            raise _setup_error(_no_room(waiting[0].name, waiting[0].message))
+            raise SetupError(_no_room(waiting[0].name, waiting[0].message))
         time.sleep(0.2)
     client.wait_for_proxies_serving()
 
@@ -248,43 +249,6 @@ def _stop(name: str) -> None:
         ray.shutdown()
 
 
-def _start_guardian(folder: Path) -> subprocess.Popen[bytes]:
-    code = "import sys; sys.path.append(sys.argv[1]); from deployments.local_ray import guard; guard(*sys.argv[2:])"
-    root = str(Path(__file__).resolve().parents[1])
-    command = [sys.executable, "-I", "-S", "-c", code, root, str(folder), str(os.getpid())]
-    # A session of its own: Ctrl-C and the end of the terminal must not reach it.
-    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-
-
-def _belongs(pid: int, folder: str) -> bool:
-    """A process that carries the mark, or (Ray's own write their titles over it) has a file of the folder open for writing."""
-    process = Path("/proc") / str(pid)
-    with suppress(OSError):
-        if f"{MARK}={folder}".encode() in (process / "environ").read_bytes().split(b"\0"):
-            return True
-        for link in (process / "fd").iterdir():
-            with suppress(OSError):
-                if os.readlink(link).startswith(f"{folder}/") and link.lstat().st_mode & 0o200:
-                    return True
-    return False
-
-
-def guard(folder: str, command: str) -> None:
-    """Wait until the process `command` has closed our stdin or died; then end the other processes and remove the folder."""
-    sys.stdin.buffer.read()
-    deadline = time.monotonic() + 20
-    clear = 0
-    while clear < 3 and time.monotonic() < deadline:  # a process may be born while we look
-        pids = [int(entry) for entry in os.listdir("/proc") if entry.isdigit()] if os.path.isdir("/proc") else []
-        members = [pid for pid in pids if pid not in (os.getpid(), int(command)) and _belongs(pid, folder)]
-        clear = 0 if members else clear + 1
-        for pid in members:
-            with suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.1)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
 @dataclass(frozen=True)
 class Service:
     host: str
@@ -311,7 +275,12 @@ def _listen_to_signals() -> None:
 
 @contextmanager
 def local_service(
-    config: dict[str, Any], *, host: str = LOOPBACK, port: int = 8000, metrics_port: int = 9464, address: str | None = None
+    config: dict[str, Any],
+    *,
+    host: str = LOOPBACK,
+    port: int = 8000,
+    metrics_port: int = 9464,
+    address: str | None = None,
 ) -> Iterator[Service]:
     """Run the application of a Ray Serve config file (as a dict) and yield once all its deployments run.
 
@@ -319,7 +288,7 @@ def local_service(
     Call it in the main thread before ray is imported. Raises SetupError for a taken port, an application that fails (with its
     own error's line) and replicas that find no room in 60 s; KeyboardInterrupt for Ctrl-C or SIGTERM during the start.
     """
-    name = config["applications"][0]["name"]
+    name = APPLICATION
     service = Service(host, port, metrics_port, name)
     address = address or os.environ.get("RAY_ADDRESS")
     with _connected(address) if address else _own_ray(host, port, metrics_port):
@@ -337,8 +306,11 @@ def _connected(address: str) -> Iterator[None]:
 
     try:
         ray.init(address=address, namespace="serve", log_to_driver=False)
-    except (ConnectionError, RuntimeError) as error:  # the cause lies deeper: a wrong address, or RAY_AUTH_MODE of the cluster
-        raise _setup_error(f"cannot connect to the Ray at {address}: {cause(str(error.__context__ or error))}") from None
+    except (
+        ConnectionError,
+        RuntimeError,
+    ) as error:  # the cause lies deeper: a wrong address, or RAY_AUTH_MODE of the cluster
+        raise SetupError(f"cannot connect to the Ray at {address}: {cause(str(error.__context__ or error))}") from None
     yield
 
 
@@ -347,7 +319,7 @@ def _own_ray(host: str, port: int, metrics_port: int) -> Iterator[None]:
     claims = [claim_port(host, port, "--port"), claim_port(LOOPBACK, metrics_port, "--metrics-port")]
     claim, block = claim_block()
     folder = make_folder()
-    guardian = _start_guardian(folder)
+    guardian = start_guardian(folder)
     try:
         _listen_to_signals()
         prepare_environment(host, port, block, folder)

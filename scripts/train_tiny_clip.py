@@ -93,9 +93,7 @@ def train_tokenizer(out: Path) -> CLIPTokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trained.train_from_iterator(
         corpus,
-        trainers.BpeTrainer(
-            vocab_size=1024, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
-        ),
+        trainers.BpeTrainer(vocab_size=1024, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False),
     )
     learned, merges = trained.model.save(str(out))
     merge_rules = [tuple(line.split(" ")) for line in Path(merges).read_text().splitlines()[1:]]

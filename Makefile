@@ -1,0 +1,63 @@
+# `make help` lists the targets. Only Python 3.11 or 3.12 and make have to be there before.
+#   PYTHON=...          another interpreter for .venv
+#   TORCH_PIP_ARGS=...  for example --index-url of PyTorch's CPU builds, where pip's default is a CUDA build
+#   ARGS=...            arguments for pytest: make test ARGS="-k rank -x"
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.set-up
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-input --constraint constraints.txt
+SUITABLE := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+
+# An outer environment must not leak into .venv.
+unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help setup demo test check clean
+
+help:
+	@echo 'make setup   make .venv and install the pinned versions and this tree (editable)'
+	@echo 'make demo    set up, then serve, embed, rank and run the job on pictures, and stop'
+	@echo 'make test    set up, then run every test'
+	@echo 'make check   set up, then lint, formatting and types'
+	@echo 'make clean   remove .venv and all that builds, tests and the demo wrote'
+
+setup: $(STAMP)
+
+# The stamp is written last, so an interrupted set-up starts again. An existing .venv is kept if it works.
+$(STAMP): pyproject.toml constraints.txt
+	@set -e; \
+	if ! { $(BIN)/python -c '$(SUITABLE)' && $(BIN)/python -m pip --version; } >/dev/null 2>&1; then \
+		python=; \
+		for candidate in $(or $(PYTHON),python3.11 python3.12 python3); do \
+			if $$candidate -c 'import ensurepip, venv; $(SUITABLE)' >/dev/null 2>&1; then python=$$candidate; break; fi; \
+		done; \
+		if [ -z "$$python" ]; then \
+			echo 'clipfleet needs Python 3.11 or 3.12 with its venv module (Debian: python3.11-venv); found none as' \
+				'$(or $(PYTHON),python3.11 python3.12 python3). Another one: make setup PYTHON=/path/to/python3.11' >&2; \
+			exit 1; \
+		fi; \
+		echo "making $(VENV) with $$($$python --version)"; \
+		$$python -m venv --clear $(VENV); \
+	fi
+	@echo 'installing torch (the largest part)'
+	@$(PIP_INSTALL) $(TORCH_PIP_ARGS) torch hatchling
+	@echo 'installing the other pinned packages and this tree'
+	@$(PIP_INSTALL) --no-build-isolation --editable '.[serve,test]'
+	@touch $(STAMP)
+	@echo 'set up: $(BIN)/clipfleet'
+
+demo: setup
+	@$(BIN)/python scripts/demo.py
+
+test: setup
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* coverage.xml htmlcov
+	find . -path ./.git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

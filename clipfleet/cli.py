@@ -1,0 +1,126 @@
+"""The `clipfleet` command: parse, one library call, print."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clipfleet import __version__
+from clipfleet.errors import ClipfleetError
+
+app = typer.Typer(
+    name="clipfleet",
+    help="CLIP vectors for images and texts: in process, over HTTP and in bulk.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+STOPPED, FAILED_ROWS = 1, 3
+_LOCAL = ("torch", "transformers", "PIL", "loguru", "huggingface_hub", "safetensors", "sentencepiece", "tokenizers")
+_SERVE = ("ray", "fastapi", "starlette", "orjson", "pyarrow", "grpc")
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    """End with status 1 and one line for what is not a bug of ours."""
+    try:
+        yield
+    except ClipfleetError as error:
+        _fail(str(error))
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        extra = "local" if missing in _LOCAL else "serve" if missing in _SERVE else None
+        if extra is None:
+            raise
+        _fail(f"this command needs {missing}: pip install 'clipfleet[{extra}]'")
+
+
+def _fail(message: str) -> None:
+    typer.echo(f"clipfleet: {message}", err=True)
+    raise typer.Exit(STOPPED)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"clipfleet {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """CLIP vectors for images and texts: in process, over HTTP and in bulk."""
+
+
+@app.command(
+    epilog="Examples:  clipfleet serve demo  |  clipfleet serve --model tiny  |  clipfleet serve my.yaml --port 9000"
+)
+def serve(
+    config: Annotated[str, typer.Argument(help="A Ray Serve config file, or a packaged one by name.")] = "serve_config",
+    model: Annotated[str | None, typer.Option(help="Checkpoint: tiny, a folder, or a hub id[@revision].")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; the file's or 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port; the file's or 8000.")] = None,
+    metrics_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the Prometheus metrics.")] = 9464,
+) -> None:
+    """Serve a checkpoint over HTTP, on a local Ray or on the one that RAY_ADDRESS names. Ctrl-C stops it."""
+    with _reported():
+        from clipfleet.settings import read_config
+
+        settings = read_config(config)
+        from deployments.serve import serve_until_stopped
+
+        serve_until_stopped(settings, model=model, host=host, port=port, metrics_port=metrics_port, say=typer.echo)
+
+
+@app.command(epilog="Example:  clipfleet encode --model tiny --text 'a red circle' photo.jpg --out vectors.npy")
+def encode(
+    images: Annotated[list[Path] | None, typer.Argument(help="Image files.")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="A text; may be given several times.")] = None,
+    model: Annotated[str, typer.Option(help="Checkpoint: tiny, a folder, or a hub id[@revision].")] = (
+        "openai/clip-vit-base-patch32"
+    ),
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    out: Annotated[
+        Path | None, typer.Option(help="Write one .npy (n, d), failed rows NaN, instead of JSON lines.")
+    ] = None,
+) -> None:
+    """Turn texts and image files into vectors, texts first. Ends with status 3 if an image failed."""
+    texts = text or []
+    if not texts and not images:
+        raise typer.BadParameter("give at least one --text or image file")
+    with _reported():
+        from clipfleet.encode import encode_all, save_npy
+
+        rows = encode_all(model, device, texts, images or [])
+        failed = 0
+        if out is not None:
+            failed = save_npy(rows, out, on_error=lambda row: typer.echo(f"{row.input}: {row.error}", err=True))
+        else:
+            for row in rows:
+                failed += row.error is not None
+                vector = None if row.embedding is None else row.embedding.tolist()
+                typer.echo(
+                    json.dumps({"input": row.input, "embedding": vector, "error": row.error}, ensure_ascii=False)
+                )
+        raise typer.Exit(FAILED_ROWS if failed else 0)
+
+
+@app.command(epilog="Examples:  clipfleet models  |  clipfleet models --url http://127.0.0.1:8000")
+def models(
+    url: Annotated[str | None, typer.Option(help="A running service; without it, what loads offline.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="CLIPFLEET_API_KEY", help="Key of that service.")] = None,
+) -> None:
+    """List a service's models, or the checkpoints that load offline (tiny and the hub cache)."""
+    with _reported():
+        from clipfleet.catalogue import offline_models, served_models
+
+        for entry in served_models(url, api_key) if url else offline_models():
+            typer.echo(json.dumps(entry, ensure_ascii=False))

@@ -1,0 +1,115 @@
+"""CPU replicas that turn image bytes into pixels: the deployment ImageDecoder."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import numpy as np
+from ray.serve.metrics import Counter
+
+from clipfleet.checkpoint import find_checkpoint
+from clipfleet.errors import DeadlineExceeded, ImageCrashedDecoder, ImageError
+from clipfleet.images import ImageLimits, decoding_bytes, open_image, to_picture
+from clipfleet.settings import LimitSettings, ServiceSettings
+
+Pixels = np.ndarray | ImageError | DeadlineExceeded  # one image's outcome: (H, W, 3) uint8, or what was wrong
+
+
+def image_limits(limits: LimitSettings, exif_orientation: bool) -> ImageLimits:
+    """The part of the service's limits that concerns one image."""
+    return ImageLimits(limits.image_bytes, limits.image_pixels, limits.image_formats, exif_orientation)
+
+
+class MemoryBudget:
+    """Bounds the decoded bytes that a process holds at once; a single larger image still gets its turn, alone."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._held = 0
+        self._freed = threading.Condition()
+
+    @contextmanager
+    def hold(self, size: int) -> Iterator[None]:
+        """Wait until `size` more bytes fit, and hold them."""
+        with self._freed:
+            self._freed.wait_for(lambda: self._held == 0 or self._held + size <= self._limit)
+            self._held += size
+        try:
+            yield
+        finally:
+            with self._freed:
+                self._held -= size
+                self._freed.notify_all()
+
+
+class DecoderReplica:
+    """Decodes images on a pool of threads, so that the event loop stays free."""
+
+    def __init__(self, settings: ServiceSettings) -> None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides GPUs from nobody who asks for none
+        self._spec = find_checkpoint(settings.model, weights=False).pixels
+        self._limits = image_limits(settings.limits, settings.exif_orientation)
+        self._budget = MemoryBudget(settings.limits.decoding_bytes)
+        self._threads = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="decode")
+        self._children = asyncio.Semaphore(2)
+        self._errors = Counter("clipfleet_errors_total", "Items that failed, by code.", tag_keys=("tower", "code"))
+        self._errors.set_default_tags({"tower": "image"})
+
+    async def decode(self, images: Sequence[bytes], deadline: float) -> list[Pixels]:
+        """Decode each image to the checkpoint's pixels: one array or error an image, in order.
+
+        `deadline` is wall-clock time; images whose turn comes later are not decoded.
+        """
+        loop = asyncio.get_running_loop()
+        work = (loop.run_in_executor(self._threads, self._decode, image, deadline) for image in images)
+        return list(await asyncio.gather(*work))
+
+    async def decode_alone(self, image: bytes, deadline: float) -> Pixels:
+        """Decode one image in a child process: for an image that may have ended the replica that held it."""
+        async with self._children:
+            return await asyncio.to_thread(self._decode_in_child, image, deadline)
+
+    async def probe(self, deadline: float) -> float:
+        """Decode one pixel. Returns 0, the seconds since this replica last worked."""
+        outcome = (await self.decode([_PROBE], deadline))[0]
+        if not isinstance(outcome, np.ndarray):
+            raise outcome
+        return 0.0
+
+    def _decode(self, data: bytes, deadline: float) -> Pixels:
+        if time.time() >= deadline:
+            return DeadlineExceeded("the deadline passed while the image waited to be decoded")
+        try:
+            with open_image(data, self._limits) as image, self._budget.hold(decoding_bytes(image)):
+                return to_picture(image, self._spec, self._limits).pixels
+        except ImageError as error:
+            self._errors.inc(tags={"code": error.code})
+            return error
+
+    def _decode_in_child(self, data: bytes, deadline: float) -> Pixels:
+        command = [sys.executable, "-m", "deployments.decode_child"]
+        job = pickle.dumps((data, self._spec, self._limits))
+        try:
+            done = subprocess.run(command, input=job, capture_output=True, timeout=max(0.1, deadline - time.time()))
+        except subprocess.TimeoutExpired:
+            return DeadlineExceeded("the deadline passed while the image was decoded")
+        if done.returncode == 0:
+            return pickle.loads(done.stdout)
+        self._errors.inc(tags={"code": ImageCrashedDecoder.code})
+        return ImageCrashedDecoder("the process that decoded this image died, twice")
+
+
+# A black PNG of one pixel.
+_PROBE = bytes.fromhex(
+    "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de"
+    "0000000c49444154789c63606060000000040001f61738550000000049454e44ae426082"
+)

@@ -1,0 +1,124 @@
+"""GPU (or CPU) replicas that run one tower of a checkpoint: the deployments ImageEncoder and TextEncoder."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from ray import serve
+from ray.serve.metrics import Counter, Histogram
+
+from clipfleet.checkpoint import find_checkpoint
+from clipfleet.encoder import Encoder, Tower, set_threads
+from clipfleet.fingerprint import fingerprint
+from clipfleet.settings import BatchSettings, ServiceSettings, check_batching, parse
+from deployments.batching import Batcher
+
+_BATCH_SIZES = [1, 2, 4, 8, 16, 32, 64, 128, 256]
+_SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30]
+
+
+class EncodedText(NamedTuple):
+    """One text's outcome."""
+
+    vector: np.ndarray  # (d,) float32
+    truncated: bool
+    tokens: int
+
+
+class EncoderReplica:
+    """One tower on one device. Its model has run once before the replica counts as running."""
+
+    def __init__(self, tower: Tower, settings: ServiceSettings) -> None:
+        batch = _check_own_config(BatchSettings())  # before weights are loaded: a refusal should be quick
+        set_threads(settings.threads_per_replica or max(1, round(settings.cpus_per_replica)))
+        self._tower = tower
+        self._settings = settings
+        checkpoint = find_checkpoint(settings.model)
+        self._encoder = Encoder(checkpoint, settings.device, settings.precision, towers=(tower,))
+        self._fingerprint = fingerprint(checkpoint, exif_orientation=settings.exif_orientation)
+        self._forward(self._probe_items())  # the first pass is the slow one
+        self._batcher = Batcher(self._forward, batch, self._observe)
+
+        tags = {"tag_keys": ("tower",)}
+        self._batch_size = Histogram("clipfleet_batch_size", "Items in a batch.", _BATCH_SIZES, **tags)
+        self._queue_wait = Histogram("clipfleet_queue_wait_seconds", "Wait of an item for the model.", _SECONDS, **tags)
+        self._forward_time = Histogram("clipfleet_forward_seconds", "Time of a forward pass.", _SECONDS, **tags)
+        self._items = Counter("clipfleet_items_total", "Items that were encoded.", **tags)
+        for metric in (self._batch_size, self._queue_wait, self._forward_time, self._items):
+            metric.set_default_tags({"tower": tower})
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Take a new batch size and wait while running."""
+        self._batcher.settings = parse(BatchSettings, user_config, "user_config")
+
+    # Serve's own batch has no wait and stays small: it only hands calls that arrived together to the batcher,
+    # which joins everything that waits when the model falls free. 8 x 32 is max_ongoing_requests.
+    @serve.batch(max_batch_size=8, batch_wait_timeout_s=0, max_concurrent_batches=32)
+    async def _together(self, calls: list[tuple[Sequence[Any], float, bool]]) -> list[list[Any]]:
+        return list(
+            await asyncio.gather(
+                *(self._batcher.submit(items, deadline, quiet=quiet) for items, deadline, quiet in calls)
+            )
+        )
+
+    async def encode(self, items: Sequence[Any], deadline: float) -> list[Any]:
+        """Encode pixels (uint8 (H, W, 3) each) or texts: one vector, EncodedText or ClipfleetError an item."""
+        return await self._together((items, deadline, False))
+
+    async def probe(self, deadline: float) -> float:
+        """Seconds since this replica's model last returned; runs it once if that is more than 2 s."""
+        if self._idle_seconds() > 2:
+            await self._batcher.submit(self._probe_items(), deadline, quiet=True)
+        return self._idle_seconds()
+
+    async def describe(self) -> dict[str, Any]:
+        """What /v1/models says about the checkpoint, and what ranking needs."""
+        encoder = self._encoder
+        return {
+            "id": self._settings.served_model_name or encoder.checkpoint.served_name,
+            "revision": encoder.checkpoint.revision,
+            "dimension": encoder.dimension,
+            "context_length": encoder.context_length,
+            "image_size": encoder.image_size,
+            "fingerprint": self._fingerprint,
+            "precision": encoder.precision,
+            "engine": self._settings.engine,
+            "logit_scale": encoder.logit_scale,
+            "logit_bias": encoder.logit_bias,
+        }
+
+    def _idle_seconds(self) -> float:
+        last = self._batcher.last_success
+        return float("inf") if last is None else time.monotonic() - last
+
+    def _probe_items(self) -> list[Any]:
+        size = self._encoder.image_size
+        return [np.zeros((size, size, 3), np.uint8)] if self._tower == "image" else ["probe"]
+
+    def _forward(self, items: list[Any]) -> Sequence[Any]:
+        if self._tower == "image":
+            return list(self._encoder.encode_pixels(np.stack(items)))  # (n, d) float32
+        encoded = self._encoder.encode_texts(items)
+        return [EncodedText(*row) for row in zip(encoded.vectors, encoded.truncated, encoded.tokens, strict=True)]
+
+    def _observe(self, size: int, waits: Sequence[float], forward: float) -> None:
+        self._batch_size.observe(size)
+        self._forward_time.observe(forward)
+        self._items.inc(size)
+        for wait in waits:
+            self._queue_wait.observe(max(wait, 1e-6))
+
+
+def _check_own_config(default: BatchSettings) -> BatchSettings:
+    """Refuse a contradictory deployment config, which under `serve run` nobody has seen before this replica."""
+    context = serve.get_replica_context()
+    config = context._deployment_config
+    batch = parse(BatchSettings, config.user_config, "user_config") if config.user_config else default
+    autoscaling = config.autoscaling_config
+    target = autoscaling.get_target_ongoing_requests() if autoscaling else None
+    check_batching(context.deployment, batch, config.max_ongoing_requests, target)
+    return batch

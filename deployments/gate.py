@@ -1,0 +1,118 @@
+"""What every request passes: the API key, the deadline, the fingerprint header, and errors as our own bodies."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import time
+from collections.abc import Callable, Sequence
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from loguru import logger
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from clipfleet.errors import ClipfleetError, InvalidApiKey, InvalidRequest, RouteNotFound, Unavailable
+from deployments.bodies import invalid
+from deployments.responses import error_response
+
+FINGERPRINT_HEADER = "X-Clipfleet-Fingerprint"
+DEADLINE_HEADER = "X-Deadline-Ms"
+_OPEN_PATHS = ("/healthz", "/readyz")
+
+
+class Gate:
+    """The outermost ASGI layer around the routes."""
+
+    def __init__(self, app: ASGIApp, *, api_keys: Sequence[str], fingerprint: Callable[[], str | None]) -> None:
+        self._app = app
+        self._keys = [hashlib.sha256(key.encode()).digest() for key in api_keys]
+        self._fingerprint = fingerprint
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = False
+
+        async def send_stamped(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                if fingerprint := self._fingerprint():
+                    MutableHeaders(scope=message)[FINGERPRINT_HEADER] = fingerprint
+            await send(message)
+
+        try:
+            self._check_key(scope)
+        except InvalidApiKey as error:
+            await error_response(error)(scope, receive, send_stamped)
+            return
+        try:
+            await self._app(scope, receive, send_stamped)
+        except Exception:
+            if not started:
+                raise  # otherwise it was answered and logged by our handler, and is only passed on for the server's log
+
+    def _check_key(self, scope: Scope) -> None:
+        if not self._keys or scope["path"] in _OPEN_PATHS:
+            return
+        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+        digest = hashlib.sha256(key.strip().encode()).digest()
+        known = [hmac.compare_digest(digest, expected) for expected in self._keys]  # every one, in constant time
+        if scheme.lower() != "bearer" or not any(known):
+            raise InvalidApiKey("the API key is missing or wrong; send it as Authorization: Bearer KEY")
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Word the framework's own errors as ours."""
+    app.add_exception_handler(RequestValidationError, _invalid_parameter)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(ClipfleetError, _own_error)
+    app.add_exception_handler(ClientDisconnect, _nobody_left)
+    app.add_exception_handler(Exception, _unforeseen)
+
+
+async def _invalid_parameter(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    wrong = invalid([{**problem, "loc": problem["loc"][1:]} for problem in error.errors()])
+    return error_response(wrong, wrong.data["param"])
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    what = f"{request.method} {request.url.path}"
+    if error.status_code in (404, 405):
+        response = error_response(RouteNotFound(f"there is no route {what}; /docs lists them"))
+        response.status_code = error.status_code
+        response.headers.update(error.headers or {})  # 405 names the methods that are allowed
+        return response
+    return error_response(InvalidRequest(f"{what}: {error.detail}"))
+
+
+async def _own_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ClipfleetError)
+    return error_response(error, error.data.get("param"))
+
+
+async def _nobody_left(_: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # never arrives: the client hung up in the middle of its request
+
+
+async def _unforeseen(_: Request, error: Exception) -> Response:
+    logger.opt(exception=error).error("a request failed in a way that nobody foresaw")
+    return error_response(Unavailable("the service failed on this request; its log has the cause", retry_after=1))
+
+
+def read_deadline(request: Request, longest_s: float) -> float:
+    """The request's deadline as wall-clock time: `longest_s` from now, or sooner by its own header."""
+    text = request.headers.get(DEADLINE_HEADER)
+    if text is None:
+        return time.time() + longest_s
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise InvalidRequest(f"{DEADLINE_HEADER} must be a whole number of milliseconds above 0")
+    return time.time() + min(longest_s, int(text) / 1000)

@@ -1,0 +1,73 @@
+"""The deployment graph: `build(args)` composes ingress, decoder and the two encoders.
+
+    clipfleet serve · serve run serve_config.yaml · serve deploy serve_config.yaml
+
+Replica counts, autoscaling and queue lengths come from the config file's `deployments:`; what is set here holds
+where that is silent. The resources of encoders come from `args` alone, because Serve would replace
+`ray_actor_options` whole.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+from loguru import logger
+from ray import serve
+from ray.serve import Application
+
+from clipfleet.settings import DEFAULT_MAX_ONGOING, ServiceSettings, service_settings
+from deployments.decoder import DecoderReplica
+from deployments.encoder import EncoderReplica
+from deployments.ingress import Ingress
+
+
+def build(args: dict[str, Any]) -> Application:
+    """Build the application from a config file's `args`. Raises SettingsError."""
+    settings = service_settings(args)
+    resources = _encoder_resources(settings)
+    encoder = serve.deployment(EncoderReplica)
+
+    def encoders(name: str, tower: str) -> Application:
+        options = encoder.options(
+            name=name, max_ongoing_requests=DEFAULT_MAX_ONGOING[name], ray_actor_options=resources, **_HEALTH
+        )
+        return options.bind(tower, settings)
+
+    decoder = serve.deployment(DecoderReplica).options(
+        name="ImageDecoder",
+        max_ongoing_requests=DEFAULT_MAX_ONGOING["ImageDecoder"],
+        ray_actor_options={"num_cpus": 1},
+        **_HEALTH,
+    )
+    # The ingress admits by items and bytes itself; Serve must not refuse before it, in plain text.
+    ingress = serve.deployment(Ingress).options(
+        name="Ingress",
+        max_ongoing_requests=DEFAULT_MAX_ONGOING["Ingress"],
+        ray_actor_options={"num_cpus": 0.5},
+        **_HEALTH,
+    )
+    return ingress.bind(
+        settings,
+        decoder.bind(settings),
+        encoders("ImageEncoder", "image"),
+        encoders("TextEncoder", "text"),
+    )
+
+
+_HEALTH: dict[str, Any] = {
+    "health_check_period_s": 5,  # a dead replica is noticed in seconds, Serve's default is 10
+    "health_check_timeout_s": 30,
+    "graceful_shutdown_timeout_s": 35,  # the deadline of a request, and some: a rolling upgrade loses none
+    "graceful_shutdown_wait_loop_s": 0.5,
+}
+
+
+def _encoder_resources(settings: ServiceSettings) -> dict[str, Any]:
+    """`ray_actor_options` of an encoder: a share of a GPU where the cluster has GPUs, otherwise CPUs."""
+    gpus = ray.cluster_resources().get("GPU", 0) if settings.device == "auto" else 0
+    if settings.device.startswith("cuda") or gpus:
+        logger.info("encoders take {} of a GPU each", settings.gpus_per_replica)
+        return {"num_gpus": settings.gpus_per_replica, "num_cpus": settings.cpus_per_replica}
+    logger.info("encoders run on CPUs, {} each", settings.cpus_per_replica)
+    return {"num_cpus": settings.cpus_per_replica}

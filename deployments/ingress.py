@@ -1,0 +1,279 @@
+"""The HTTP ingress: routes, and nothing that touches pixels."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import orjson
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+from starlette.types import ASGIApp
+
+from clipfleet.errors import (
+    ClipfleetError,
+    DeadlineExceeded,
+    EmptyInput,
+    InvalidRequest,
+    ModelNotFound,
+    ServiceError,
+    Unavailable,
+    UnsupportedDimensions,
+)
+from clipfleet.settings import ServiceSettings
+from clipfleet.vectors import DType, rank, to_base64, to_npy
+from deployments import schemas
+from deployments.admission import Admission
+from deployments.bodies import Body, parse_json
+from deployments.docs_page import add_schemas, render
+from deployments.encoder import EncodedText
+from deployments.gate import Gate, add_error_handlers, read_deadline
+from deployments.health import Health
+from deployments.inputs import Input, check_counts, read_items
+from deployments.pipeline import Outcome, Pipeline, seconds_left
+from deployments.responses import error_body, error_response, json_response
+
+NPY = "application/x-npy"
+ERRORS_HEADER = "X-Clipfleet-Errors"
+
+
+@serve.ingress()
+class Ingress:
+    """Validates, admits, spreads a request's items over the deployments, and words the answer."""
+
+    def __init__(
+        self,
+        settings: ServiceSettings,
+        decoder: DeploymentHandle,
+        image_encoder: DeploymentHandle,
+        text_encoder: DeploymentHandle,
+    ) -> None:
+        self._settings = settings
+        self._limits = settings.limits
+        self._admission = Admission(settings.limits)
+        self._pipeline = Pipeline(decoder, image_encoder, text_encoder)
+        self._handles = {"ImageDecoder": decoder, "ImageEncoder": image_encoder, "TextEncoder": text_encoder}
+        self._health: Health | None = None
+
+    async def __serve_build_asgi_app__(self) -> ASGIApp:
+        self._health = Health(self._handles)
+        return Gate(self._routes(), api_keys=self._settings.api_keys, fingerprint=self._fingerprint)
+
+    def _routes(self) -> FastAPI:
+        app = FastAPI(title="clipfleet", docs_url=None, redoc_url=None, redirect_slashes=False)
+        add_error_handlers(app)
+        problems: dict[int | str, dict[str, Any]] = {
+            "4XX": {"model": schemas.ErrorResponse},
+            "5XX": {"model": schemas.ErrorResponse},
+        }
+
+        def route(method: str, path: str, handler: Any, answer: Any, **more: Any) -> None:
+            responses = {200: {"model": answer}, **problems}
+            app.add_api_route(path, handler, methods=[method], response_model=None, responses=responses, **more)
+
+        route("POST", "/v1/embeddings", self.embeddings, schemas.EmbeddingsResponse)
+        route("POST", "/v1/embeddings/images", self.image_embeddings, schemas.EmbeddingsResponse)
+        route("POST", "/v1/rank", self.rank, schemas.RankResponse)
+        route("GET", "/v1/models", self.models, schemas.ModelList)
+        route("GET", "/v1/models/{model:path}", self.model, schemas.Model)
+        route("GET", "/healthz", self.healthz, schemas.Health)
+        route("GET", "/readyz", self.readyz, schemas.Health)
+        add_schemas(app)
+        app.add_api_route("/docs", lambda: HTMLResponse(render(app.openapi())), include_in_schema=False)
+        return app
+
+    # --- routes
+
+    async def embeddings(self, request: Request) -> Response:
+        """Embed texts, images, or a list that mixes both, in order."""
+        deadline = read_deadline(request, self._limits.deadline_s)
+        with ExitStack() as held:
+            body = await self._read(Body(request, self._limits, self._admission, held).read(), deadline)
+            wanted = parse_json(body, schemas.EmbeddingsRequest)
+            del body
+            model = self._check_model(wanted.model)
+            if wanted.dimensions not in (None, model["dimension"]):
+                raise UnsupportedDimensions(
+                    f"{model['id']} has {model['dimension']} dimensions; leave `dimensions` out or send that number",
+                    param="dimensions",
+                )
+            if wanted.dtype == "float16" and wanted.encoding_format == "float":
+                raise InvalidRequest("dtype float16 needs encoding_format base64", param="dtype")
+            items = wanted.input if isinstance(wanted.input, list) else [wanted.input]
+            inputs = read_items(items, wanted.modality, self._limits)
+            return await self._answer(inputs, wanted, deadline, "input", npy=False)
+
+    async def image_embeddings(
+        self,
+        request: Request,
+        model: str | None = None,
+        encoding_format: schemas.EncodingFormat = "float",
+        dtype: DType = "float32",
+        on_error: schemas.OnError = "fail",
+    ) -> Response:
+        """Embed raw image bytes, or the files of a multipart body; `Accept: application/x-npy` gives one .npy."""
+        deadline = read_deadline(request, self._limits.deadline_s)
+        npy = NPY in request.headers.get("accept", "")
+        options = schemas.Options(model=model, encoding_format=encoding_format, dtype=dtype, on_error=on_error)
+        if dtype == "float16" and encoding_format == "float" and not npy:
+            raise InvalidRequest("dtype float16 needs encoding_format base64 or .npy", param="dtype")
+        self._check_model(model)
+        with ExitStack() as held:
+            body = Body(request, self._limits, self._admission, held)
+            kind = request.headers.get("content-type", "").lower()
+            if kind.startswith("multipart/form-data"):
+                images = await self._read(body.read_files(), deadline)
+            elif kind.startswith("image/") or kind.startswith("application/octet-stream"):
+                images = [await self._read(body.read(), deadline)]
+            else:
+                raise InvalidRequest("Content-Type must be image/*, application/octet-stream or multipart/form-data")
+            check_counts(len(images), 0, self._limits)
+            return await self._answer(list[Input](images), options, deadline, "files", npy=npy)
+
+    async def rank(self, request: Request) -> Response:
+        """Rank candidates (texts, images, or both) by their similarity to a query."""
+        deadline = read_deadline(request, self._limits.deadline_s)
+        with ExitStack() as held:
+            body = await self._read(Body(request, self._limits, self._admission, held).read(), deadline)
+            wanted = parse_json(body, schemas.RankRequest)
+            del body
+            model = self._check_model(wanted.model)
+            if not wanted.candidates:
+                raise EmptyInput("there are no candidates to rank", param="candidates")
+            inputs = [
+                *read_items([wanted.query], "text", self._limits),
+                *read_items(wanted.candidates, "text", self._limits),
+            ]
+            outcomes = await self._embed(inputs, deadline)
+        for number, outcome in enumerate(outcomes):
+            if isinstance(outcome, ClipfleetError):
+                return error_response(outcome, "query" if number == 0 else f"candidates[{number - 1}]")
+        vectors = np.stack([_vector(outcome) for outcome in outcomes])  # (1 + n, d)
+        ranked = rank(vectors[0], vectors[1:], logit_scale=model["logit_scale"], logit_bias=model["logit_bias"])
+        return json_response(
+            {
+                "object": "list",
+                "model": model["id"],
+                "fingerprint": model["fingerprint"],
+                "results": [result._asdict() for result in ranked],
+            }
+        )
+
+    async def models(self) -> Response:
+        """The served model, as a list of one."""
+        return json_response({"object": "list", "data": [self._public_model()]})
+
+    async def model(self, model: str) -> Response:
+        """The served model."""
+        self._check_model(model)
+        return json_response(self._public_model())
+
+    async def healthz(self) -> Response:
+        """Whether the ingress is alive."""
+        return json_response({"status": "alive", "deployments": self._watch().deployments()})
+
+    async def readyz(self) -> Response:
+        """Whether every deployment has worked within the last 10 s."""
+        ready = self._watch().ready()
+        body = {"status": "ready" if ready else "not ready", "deployments": self._watch().deployments()}
+        return json_response(body, 200 if ready else 503)
+
+    # --- what they share
+
+    def _watch(self) -> Health:
+        assert self._health is not None  # made before the first request
+        return self._health
+
+    def _fingerprint(self) -> str | None:
+        model = self._watch().model
+        return model["fingerprint"] if model else None
+
+    def _check_model(self, wanted: str | None) -> dict[str, Any]:
+        model = self._watch().model
+        if model is None:
+            raise Unavailable("the encoders are still starting", retry_after=2)
+        if wanted is not None and wanted != model["id"]:
+            raise ModelNotFound(f"model {wanted!r} is not served here; served is {model['id']!r}", param="model")
+        return model
+
+    def _public_model(self) -> dict[str, Any]:
+        model = self._check_model(None)
+        return {"object": "model", **{name: model[name] for name in schemas.Model.model_fields if name != "object"}}
+
+    async def _read(self, reading: Any, deadline: float) -> Any:
+        try:
+            async with asyncio.timeout(seconds_left(deadline)):
+                return await reading
+        except TimeoutError:
+            raise DeadlineExceeded("the deadline passed before the whole request had arrived") from None
+
+    async def _embed(self, inputs: Sequence[Input], deadline: float) -> list[Outcome]:
+        with self._admission.hold_items(len(inputs), seconds_left(deadline)):
+            try:
+                async with asyncio.timeout(seconds_left(deadline)):
+                    outcomes = await self._pipeline.embed(inputs, deadline)
+            except TimeoutError:
+                raise DeadlineExceeded("the deadline passed before every item had its vector") from None
+        if any(isinstance(outcome, EncodedText) for outcome in outcomes):
+            self._watch().succeeded("TextEncoder")
+        if any(isinstance(outcome, np.ndarray) for outcome in outcomes):
+            self._watch().succeeded("ImageDecoder", "ImageEncoder")
+        for outcome in outcomes:
+            if isinstance(outcome, ServiceError):  # the model or the deadline failed, not the item
+                raise outcome
+        return outcomes
+
+    async def _answer(
+        self, inputs: Sequence[Input], options: schemas.Options, deadline: float, name: str, *, npy: bool
+    ) -> Response:
+        outcomes = await self._embed(inputs, deadline)
+        if options.on_error == "fail":
+            for number, outcome in enumerate(outcomes):
+                if isinstance(outcome, ClipfleetError):
+                    return error_response(outcome, f"{name}[{number}]")
+        if npy:
+            return self._npy(outcomes, options.dtype)
+        model = self._check_model(None)
+        tokens = sum(outcome.tokens for outcome in outcomes if isinstance(outcome, EncodedText))
+        return json_response(
+            {
+                "object": "list",
+                "data": [_entry(number, outcome, options) for number, outcome in enumerate(outcomes)],
+                "model": model["id"],
+                "fingerprint": model["fingerprint"],
+                "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+            }
+        )
+
+    def _npy(self, outcomes: list[Outcome], dtype: DType) -> Response:
+        bad = {i: outcome for i, outcome in enumerate(outcomes) if isinstance(outcome, ClipfleetError)}
+        missing = np.full(self._check_model(None)["dimension"], np.nan, np.float32)
+        rows = [missing if i in bad else _vector(outcome) for i, outcome in enumerate(outcomes)]
+        response = Response(to_npy(np.stack(rows), dtype), media_type=NPY)
+        if bad:
+            listed = [{"index": i, "code": error.code} for i, error in bad.items()]
+            response.headers[ERRORS_HEADER] = orjson.dumps(listed).decode()
+        return response
+
+
+def _vector(outcome: Outcome) -> np.ndarray:
+    assert not isinstance(outcome, ClipfleetError)
+    return outcome.vector if isinstance(outcome, EncodedText) else outcome
+
+
+def _entry(number: int, outcome: Outcome, options: schemas.Options) -> dict[str, Any]:
+    entry: dict[str, Any] = {"object": "embedding", "index": number}
+    if isinstance(outcome, ClipfleetError):
+        error = error_body(outcome)["error"]
+        return entry | {"embedding": None, "error": {"code": error["code"], "message": error["message"]}}
+    vector = _vector(outcome)
+    entry["embedding"] = to_base64(vector, options.dtype) if options.encoding_format == "base64" else vector
+    if isinstance(outcome, EncodedText) and outcome.truncated:
+        entry["truncated"] = True
+    return entry

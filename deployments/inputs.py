@@ -1,0 +1,95 @@
+"""From what a request holds to what the deployments take: image bytes or text, or the error of that one item."""
+
+from __future__ import annotations
+
+import binascii
+import re
+from collections.abc import Sequence
+
+from clipfleet.errors import (
+    EmptyInput,
+    ImageEmpty,
+    ImageTooManyBytes,
+    ImageUrlsDisabled,
+    InputError,
+    InvalidBase64,
+    InvalidRequest,
+    TooManyItems,
+    UnsupportedScheme,
+)
+from clipfleet.settings import LimitSettings
+from deployments.schemas import ImageItem, Item, Modality, TextItem
+
+Input = bytes | str | InputError  # an image, a text, or why it is neither
+
+_SCHEME = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]*):")
+_WHITESPACE = re.compile(r"\s+")
+
+
+def read_items(items: Sequence[Item], modality: Modality, limits: LimitSettings) -> list[Input]:
+    """Turn a request's items into inputs, in order. Raises TooManyItems; an item's own error takes its place."""
+    kinds = [
+        modality if isinstance(item, str) else "image" if isinstance(item, ImageItem) else "text" for item in items
+    ]
+    check_counts(kinds.count("image"), kinds.count("text"), limits)
+    return [_read_item(item, kind, limits) for item, kind in zip(items, kinds, strict=True)]
+
+
+def check_counts(images: int, texts: int, limits: LimitSettings) -> None:
+    """Raise EmptyInput or TooManyItems."""
+    if images + texts == 0:
+        raise EmptyInput("the input is empty; send at least one item", param="input")
+    for count, limit, what in (
+        (images, limits.images_per_request, "images"),
+        (texts, limits.texts_per_request, "texts"),
+    ):
+        if count > limit:
+            raise TooManyItems(
+                f"the request has {count:,} {what}; the limit is {limit:,}. Send them in several requests",
+                count=count,
+                limit=limit,
+            )
+
+
+def _read_item(item: Item, kind: str, limits: LimitSettings) -> Input:
+    try:
+        if kind == "image":
+            return _read_image(item.image if isinstance(item, ImageItem) else str(item), limits)
+        return _read_text(item.text if isinstance(item, TextItem) else str(item), limits)
+    except InputError as error:
+        return error
+
+
+def _read_text(text: str, limits: LimitSettings) -> str:
+    if not text:
+        raise EmptyInput("the text is empty")
+    if len(text) > limits.text_characters:
+        raise InvalidRequest(f"the text has {len(text):,} characters; the limit is {limits.text_characters:,}")
+    return text
+
+
+def _read_image(source: str, limits: LimitSettings) -> bytes:
+    scheme = _SCHEME.match(source[:64])
+    if scheme is None:
+        return _from_base64(source, limits)
+    name = scheme[1].lower()
+    if name in ("http", "https"):
+        raise ImageUrlsDisabled("fetching images by address is switched off; send the image itself as a data URI")
+    if name != "data":
+        raise UnsupportedScheme(f"scheme {name!r} is not supported; send a data URI or bare base64")
+    head, comma, payload = source.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise InvalidBase64("a data URI must have the form data:image/png;base64,...")
+    return _from_base64(payload, limits)
+
+
+def _from_base64(text: str, limits: LimitSettings) -> bytes:
+    if len(text) * 3 // 4 > limits.image_bytes + 3:  # before memory is spent on decoding
+        raise ImageTooManyBytes(f"the image has over {limits.image_bytes:,} bytes, which is the limit")
+    compact = _WHITESPACE.sub("", text).replace("-", "+").replace("_", "/")
+    if not compact:
+        raise ImageEmpty("the image has 0 bytes")
+    try:
+        return binascii.a2b_base64(compact + "=" * (-len(compact) % 4), strict_mode=True)
+    except (binascii.Error, ValueError) as error:
+        raise InvalidBase64(f"the image is not valid base64: {error}") from None

@@ -1,0 +1,173 @@
+"""From inputs to vectors: one request's items spread over the decoders and encoders, with retries.
+
+Embedding is idempotent, so a hop whose replica dies is tried again: once a hop, three attempts a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from grpc import StatusCode
+from grpc.aio import AioRpcError
+from loguru import logger
+from ray.exceptions import RayActorError, RayError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
+from ray.serve.handle import DeploymentHandle
+
+from clipfleet.errors import ClipfleetError, Unavailable
+from deployments.encoder import EncodedText
+from deployments.inputs import Input
+
+Outcome = np.ndarray | EncodedText | ClipfleetError  # an image's vector (d,), a text's, or what was wrong
+T = TypeVar("T")
+
+_IMAGES_A_CALL = 8
+_TEXTS_A_CALL = 64
+_BYTES_A_CALL = 16 * 1024 * 1024
+_ATTEMPTS_A_REQUEST = 3
+# gRPC's words for "this call cannot work", which a second try would only repeat.
+_FINAL_STATUSES = (StatusCode.RESOURCE_EXHAUSTED, StatusCode.INVALID_ARGUMENT, StatusCode.UNIMPLEMENTED)
+
+
+class ReplicaLost(Exception):
+    """A call's replica died or went away before it answered."""
+
+
+@dataclass
+class Attempts:
+    """Retries that one request has left, over all its hops."""
+
+    left: int = _ATTEMPTS_A_REQUEST - 1
+
+    def take(self) -> bool:
+        """Use up one retry, if there is one."""
+        self.left -= 1
+        return self.left >= 0
+
+
+class Pipeline:
+    """The graph behind the ingress: handles to the three deployments."""
+
+    def __init__(
+        self, decoder: DeploymentHandle, image_encoder: DeploymentHandle, text_encoder: DeploymentHandle
+    ) -> None:
+        self.decoder = decoder
+        self.image_encoder = image_encoder
+        self.text_encoder = text_encoder
+
+    async def embed(self, inputs: Sequence[Input], deadline: float) -> list[Outcome]:
+        """One outcome an input, in order. `deadline` is wall-clock time. Raises ServiceError for the whole request."""
+        outcomes: dict[int, Outcome] = {i: item for i, item in enumerate(inputs) if isinstance(item, ClipfleetError)}
+        images = [i for i, item in enumerate(inputs) if isinstance(item, bytes)]
+        texts = [i for i, item in enumerate(inputs) if isinstance(item, str)]
+        attempts = Attempts()
+        calls = [
+            *((chunk, self._embed_images) for chunk in _spread(images, [len(inputs[i]) for i in images])),
+            *((texts[i : i + _TEXTS_A_CALL], self._embed_texts) for i in range(0, len(texts), _TEXTS_A_CALL)),
+        ]
+        try:
+            async with asyncio.TaskGroup() as group:  # one failed call ends its siblings
+                tasks = [
+                    (chunk, group.create_task(embed([inputs[i] for i in chunk], deadline, attempts)))
+                    for chunk, embed in calls
+                ]
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+        for chunk, task in tasks:
+            outcomes.update(zip(chunk, task.result(), strict=True))
+        return [outcomes[i] for i in range(len(inputs))]
+
+    async def _embed_texts(self, texts: list[str], deadline: float, attempts: Attempts) -> list[Outcome]:
+        return await _again(lambda: self.text_encoder.encode.remote(texts, deadline), attempts)
+
+    async def _embed_images(self, images: list[bytes], deadline: float, attempts: Attempts) -> list[Outcome]:
+        outcomes = await self._decode(images, deadline, attempts)
+        good = [i for i, outcome in enumerate(outcomes) if isinstance(outcome, np.ndarray)]
+        if good:
+            pixels = [outcomes[i] for i in good]
+            vectors = await _again(lambda: self.image_encoder.encode.remote(pixels, deadline), attempts)
+            for i, vector in zip(good, vectors, strict=True):
+                outcomes[i] = vector
+        return outcomes
+
+    async def _decode(self, images: list[bytes], deadline: float, attempts: Attempts) -> list[Any]:
+        try:
+            return await _call(self.decoder.decode.remote(images, deadline))
+        except ReplicaLost:
+            logger.warning("a decoder died with {} images; trying each alone", len(images))
+        # One of these images may be what killed it, so none goes near another replica's process again.
+        return list(
+            await asyncio.gather(
+                *(
+                    _again(lambda image=image: self.decoder.decode_alone.remote(image, deadline), attempts)
+                    for image in images
+                )
+            )
+        )
+
+
+def _spread(indices: list[int], sizes: list[int]) -> list[list[int]]:
+    """Cut a request's images into calls: as many as there may be decoders, few enough to be cheap, none too large."""
+    most = min(_IMAGES_A_CALL, -(-len(indices) // _IMAGES_A_CALL))
+    chunks: list[list[int]] = []
+    held = 0
+    for index, size in zip(indices, sizes, strict=True):
+        if not chunks or len(chunks[-1]) >= most or held + size > _BYTES_A_CALL:
+            chunks.append([])
+            held = 0
+        chunks[-1].append(index)
+        held += size
+    return chunks
+
+
+async def _again(call: Callable[[], Awaitable[Any]], attempts: Attempts) -> Any:
+    try:
+        return await _call(call())
+    except ReplicaLost as lost:
+        if not attempts.take():
+            raise Unavailable("replicas died while they worked on this request; try again", retry_after=1) from lost
+        logger.warning("trying again after: {}", lost)
+    try:
+        return await _call(call())
+    except ReplicaLost as lost:
+        raise Unavailable("replicas died while they worked on this request; try again", retry_after=1) from lost
+
+
+async def _call(response: Awaitable[T]) -> T:
+    """Await one call of a replica. Raises ReplicaLost where another replica may succeed, Unavailable where none would."""
+    try:
+        return await response
+    except asyncio.CancelledError as error:
+        # Serve also passes on a replica's own cancellation; ours is the one that was asked of this task.
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise ReplicaLost("the replica cancelled the call") from error
+    except (RayActorError, RequestCancelledError) as error:
+        raise ReplicaLost(_first_line(error)) from error
+    except AioRpcError as error:
+        if error.code() in _FINAL_STATUSES:
+            logger.error("a call between replicas was refused: {} {}", error.code(), error.details())
+            raise Unavailable(f"a call between replicas was refused: {error.code().name}") from error
+        raise ReplicaLost(f"{error.code().name}: {error.details()}") from error
+    except BackPressureError as error:
+        raise Unavailable("every replica's queue is full; try again", retry_after=1) from error
+    except DeploymentUnavailableError as error:
+        raise Unavailable("a deployment is not available; try again", retry_after=5) from error
+    except RayError as error:
+        logger.opt(exception=error).error("a replica failed")
+        raise Unavailable("a replica failed on this request; try again", retry_after=1) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def seconds_left(deadline: float) -> float:
+    """Seconds until the wall-clock `deadline`, never below 0."""
+    return max(0.0, deadline - time.time())

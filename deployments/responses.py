@@ -1,0 +1,59 @@
+"""From errors to HTTP: the one table of statuses, and OpenAI's error body."""
+
+from __future__ import annotations
+
+import math
+
+import orjson
+from starlette.responses import Response
+
+from clipfleet import errors
+from clipfleet.errors import ClipfleetError
+
+# Looked up along a class's bases, so a leaf without a line has its parent's status.
+STATUS: dict[type[ClipfleetError], int] = {
+    errors.InputError: 400,
+    errors.InvalidApiKey: 401,
+    errors.ModelNotFound: 404,
+    errors.RouteNotFound: 404,
+    errors.BodyTooLarge: 413,
+    errors.TooManyItems: 413,
+    errors.ImageError: 422,
+    errors.ImageTooManyBytes: 413,
+    errors.ImageTooManyPixels: 413,
+    errors.ImageFormatUnsupported: 415,
+    errors.Overloaded: 429,
+    errors.ServiceError: 503,
+    errors.DeadlineExceeded: 504,
+    ClipfleetError: 503,
+}
+_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+def status_of(error: ClipfleetError) -> int:
+    """The HTTP status of an error."""
+    return next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
+
+
+def error_body(error: ClipfleetError, param: str | None = None) -> dict[str, dict[str, str | None]]:
+    """OpenAI's error body."""
+    status = status_of(error)
+    kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return {"error": {"message": error.message, "type": kind, "code": error.code, "param": param}}
+
+
+def error_response(error: ClipfleetError, param: str | None = None) -> Response:
+    """The whole answer to a request that failed."""
+    status = status_of(error)
+    response = json_response(error_body(error, param), status)
+    if status in (429, 503):
+        response.headers["Retry-After"] = str(max(1, math.ceil(error.data.get("retry_after", 1))))
+    if status == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
+    return response
+
+
+def json_response(content: object, status: int = 200) -> Response:
+    """JSON by orjson, which writes numpy vectors from their buffers."""
+    body = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+    return Response(body, status, media_type="application/json")

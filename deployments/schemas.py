@@ -1,0 +1,157 @@
+"""What requests and answers look like: the types that validate are the ones that /openapi.json shows."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
+
+from clipfleet.vectors import DType
+
+EncodingFormat = Literal["float", "base64"]
+OnError = Literal["fail", "partial"]
+Modality = Literal["text", "image"]
+
+
+class Wire(BaseModel):
+    """Base of everything on the wire. Unknown fields are passed over, as OpenAI's clients expect."""
+
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+
+
+class TextItem(Wire):
+    """A text among mixed inputs."""
+
+    model_config = ConfigDict(extra="forbid")
+    text: StrictStr
+
+
+class ImageItem(Wire):
+    """An image among mixed inputs: a data URI, bare base64, or an http(s) address where those are switched on."""
+
+    model_config = ConfigDict(extra="forbid")
+    image: StrictStr
+
+
+Item = StrictStr | TextItem | ImageItem
+
+
+class Options(Wire):
+    """What every embedding route accepts."""
+
+    model: Annotated[StrictStr | None, Field(description="Optional; must be the served model's id.")] = None
+    encoding_format: EncodingFormat = "float"
+    dtype: Annotated[DType, Field(description="Of base64 and .npy answers; little-endian.")] = "float32"
+    on_error: Annotated[
+        OnError, Field(description="fail: the first bad item decides the answer. partial: one entry an item.")
+    ] = "fail"
+
+
+class EmbeddingsRequest(Options):
+    """`POST /v1/embeddings`: OpenAI's shape, with images."""
+
+    input: Item | list[Item]
+    modality: Annotated[Modality, Field(description="What plain strings are.")] = "text"
+    dimensions: Annotated[StrictInt | None, Field(description="Must equal the checkpoint's dimension.")] = None
+
+
+class RankRequest(Wire):
+    """`POST /v1/rank`: a query and candidates, each a text (a plain string too) or an image."""
+
+    model: StrictStr | None = None
+    query: Item
+    candidates: list[Item]
+
+
+class ItemError(Wire):
+    """Why an item has no vector."""
+
+    code: str
+    message: str
+
+
+class Embedding(Wire):
+    """One item's vector: floats, or base64 over little-endian bytes; null with `error` in partial mode."""
+
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str | None
+    truncated: Annotated[bool | None, Field(description="true where a text was longer than the context.")] = None
+    error: ItemError | None = None
+
+
+class Usage(Wire):
+    """Tokens that the text tower saw."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingsResponse(Wire):
+    """What both embedding routes answer."""
+
+    object: Literal["list"] = "list"
+    data: list[Embedding]
+    model: str
+    fingerprint: str
+    usage: Usage
+
+
+class RankResult(Wire):
+    """One candidate, best first."""
+
+    index: int
+    score: Annotated[float, Field(description="Cosine, -1..1.")]
+    probability: float
+
+
+class RankResponse(Wire):
+    """What `/v1/rank` answers."""
+
+    object: Literal["list"] = "list"
+    model: str
+    fingerprint: str
+    results: list[RankResult]
+
+
+class Model(Wire):
+    """A served checkpoint."""
+
+    id: str
+    object: Literal["model"] = "model"
+    revision: str | None
+    dimension: int
+    context_length: int
+    image_size: int
+    fingerprint: str
+    precision: str
+    engine: str
+
+
+class ModelList(Wire):
+    """What `/v1/models` answers."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class Health(Wire):
+    """What `/healthz` and `/readyz` answer."""
+
+    status: str
+    deployments: dict[str, str]
+
+
+class ErrorDetail(Wire):
+    """OpenAI's error body."""
+
+    message: str
+    type: str
+    code: str
+    param: str | None
+
+
+class ErrorResponse(Wire):
+    """Every answer of 400 and above."""
+
+    error: ErrorDetail

@@ -1,0 +1,89 @@
+"""`clipfleet serve`: settings to a running service, and nothing left of it afterwards."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from clipfleet.checkpoint import EMBEDDED, find_checkpoint
+from clipfleet.errors import SetupError
+from clipfleet.settings import APPLICATION, ServiceSettings, service_settings
+from deployments.local_ray import Service, local_service
+
+_READY_S = 120  # from running replicas to a first success of each
+
+
+def serve_until_stopped(
+    config: dict[str, Any],
+    *,
+    model: str | None,
+    host: str | None,
+    port: int | None,
+    metrics_port: int,
+    say: Callable[[str], Any],
+) -> None:
+    """Serve a checked config file's content until Ctrl-C or SIGTERM. Raises SetupError and its kin."""
+    config = copy.deepcopy(config)
+    http = config.get("http_options") or {}
+    arguments = _arguments(config)
+    if model is not None:
+        arguments["model"] = model
+    if not os.environ.get("RAY_ADDRESS"):  # a remote cluster finds checkpoints for itself
+        arguments.update(_pinned(service_settings(arguments)))
+    try:
+        with local_service(
+            config,
+            host=host or http.get("host", "127.0.0.1"),
+            port=port or http.get("port", 8000),
+            metrics_port=metrics_port,
+        ) as service:
+            say(f"clipfleet ready: {_url(service)} model={_wait_until_ready(service, arguments)}")
+            service.wait()
+    except KeyboardInterrupt:  # during the start, which has cleaned up after itself
+        return
+
+
+def _arguments(config: dict[str, Any]) -> dict[str, Any]:
+    application = next(entry for entry in config["applications"] if entry["name"] == APPLICATION)
+    application["args"] = dict(application.get("args") or {})
+    return application["args"]
+
+
+def _pinned(settings: ServiceSettings) -> dict[str, Any]:
+    """Find the checkpoint once, before Ray starts: a mistake shows at once, and all replicas load the same revision."""
+    checkpoint = find_checkpoint(settings.model)
+    name = settings.served_model_name or checkpoint.served_name
+    if settings.model in EMBEDDED:
+        return {"served_model_name": name}
+    if checkpoint.revision:
+        hub_id = settings.model.partition("@")[0]
+        return {"model": f"{hub_id}@{checkpoint.revision}", "served_model_name": name}
+    return {"model": str(Path(settings.model).expanduser().resolve()), "served_model_name": name}
+
+
+def _url(service: Service) -> str:
+    host = f"[{service.host}]" if ":" in service.host else service.host
+    return f"http://{host}:{service.port}"
+
+
+def _wait_until_ready(service: Service, arguments: dict[str, Any]) -> str:
+    local = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(service.host)
+    base = f"http://{local}:{service.port}" if local else _url(service)
+    deadline = time.monotonic() + _READY_S
+    state = "no answer"
+    while time.monotonic() < deadline:
+        try:
+            answer = httpx.get(f"{base}/readyz", timeout=10)
+            if answer.status_code == 200:
+                return arguments.get("served_model_name") or arguments["model"]
+            state = answer.text
+        except httpx.HTTPError as error:
+            state = str(error)
+        time.sleep(0.1)
+    raise SetupError(f"the service did not become ready in {_READY_S} s: {state}")

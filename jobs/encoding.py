@@ -1,0 +1,69 @@
+"""The actors that hold the model: pixels in, an output file written, its counts out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from clipfleet.errors import FingerprintMismatch
+from clipfleet.fingerprint import fingerprint
+from jobs.decoding import unpack
+from jobs.destination import Claim
+from jobs.output import Origin, write_part
+
+if TYPE_CHECKING:
+    from clipfleet.encoder import Encoder
+
+
+@dataclass(frozen=True)
+class EncodePlan:
+    """What an encoder has to know. `threads` is for torch on a CPU."""
+
+    claim: Claim
+    origin: Origin
+    model: str
+    device: str
+    batch_size: int
+    threads: int
+
+
+class EncodeActor:
+    """One model on one device, for the whole job."""
+
+    def __init__(self, plan: EncodePlan) -> None:
+        self._plan = plan
+        self._failure: Exception | None = None
+        try:
+            self._encoder = _load(plan)
+        except Exception as error:  # of an actor that does not start, Ray would keep the text alone
+            self._failure = error
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Encode and write each row of decode_tasks. Returns (rows, failed) of each."""
+        if self._failure is not None:
+            raise self._failure
+        return pa.Table.from_pylist([self._write(row, batch) for row in range(batch.num_rows)])
+
+    def _write(self, row: int, batch: pa.Table) -> dict[str, int]:
+        rows, pixels = unpack(row, batch, self._encoder.checkpoint.pixels.size)
+        size = self._plan.batch_size
+        vectors = [self._encoder.encode_pixels(pixels[start : start + size]) for start in range(0, len(pixels), size)]
+        empty = np.zeros((0, self._encoder.dimension), np.float32)
+        write_part(self._plan.claim, self._plan.origin, rows, np.concatenate([empty, *vectors]))
+        return {"rows": rows.num_rows, "failed": rows.num_rows - len(pixels)}
+
+
+def _load(plan: EncodePlan) -> Encoder:
+    from clipfleet.encoder import Encoder, set_threads  # here, because the job's own process needs no torch
+
+    set_threads(plan.threads)
+    encoder = Encoder(plan.model, plan.device, plan.origin.precision, towers=("image",))
+    found = fingerprint(encoder.checkpoint)
+    if found != plan.origin.fingerprint:
+        raise FingerprintMismatch(
+            f"{plan.model} has fingerprint {found} on this node and {plan.origin.fingerprint} where the job started"
+        )
+    return encoder

@@ -1,0 +1,139 @@
+"""Tables that name the images, one a row: Parquet (paths or bytes), CSV and JSON Lines (paths).
+
+Paths are URIs, absolute, or relative to the manifest's folder. Ids are the id column's values as text, or the
+paths as written. A row whose path or bytes are null is a row with an error, a row whose id is null stops the job.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import csv
+
+from clipfleet.errors import JobError, SettingsError
+from jobs.options import EmbedOptions
+from jobs.sources import Item, Source, is_uri, printable
+
+DEFAULT_PATH_COLUMN = "path"
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+PARQUET = (".parquet", ".pq")
+JSON_LINES = (".jsonl", ".ndjson")
+SUFFIXES = (*PARQUET, *_SEPARATORS, *JSON_LINES)
+_ROWS = 8192
+_UNREADABLE = (OSError, ValueError, pa.ArrowException)
+
+Row = tuple[str | None, str | None]  # id, path
+
+
+def open_manifest(options: EmbedOptions) -> Source:
+    """Open the manifest `options.source`. Raises SettingsError for columns that it does not have."""
+    path = os.path.abspath(os.path.expanduser(options.source))
+    try:
+        names = _column_names(path)
+    except _UNREADABLE as error:
+        raise SettingsError(f"cannot read the manifest {path!r}: {error}") from error
+    content = options.bytes_column or options.path_column or DEFAULT_PATH_COLUMN
+    for column in filter(None, (content, options.id_column)):
+        if column not in names:
+            raise SettingsError(f"the manifest {path!r} has no column {column!r}; it has {', '.join(names)}")
+    if options.bytes_column is None:
+        return Source(_items(path, options.id_column, content))
+    if not path.lower().endswith(PARQUET):
+        raise SettingsError(f"bytes are read from Parquet alone, not from {path!r}; give a path column")
+    with pq.ParquetFile(path) as file:
+        kind = file.schema_arrow.field(content).type
+    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+        raise SettingsError(f"column {content!r} of {path!r} holds {kind}, not binary")
+    assert options.id_column is not None  # EmbedOptions refuses bytes without it
+    return Source(_items(path, options.id_column, None), path, content)
+
+
+def _items(manifest: str, id_column: str | None, path_column: str | None) -> Iterator[Item]:
+    folder = os.path.dirname(manifest)
+    for number, (name, path) in enumerate(_rows(manifest, id_column, path_column)):
+        if name is None:
+            raise JobError(f"row {number} of {manifest!r} has no id: column {id_column or path_column!r} is null there")
+        if path_column is None:
+            yield Item(printable(name), f"{printable(manifest)}#{number}", number)
+        else:
+            place = None if path is None else resolve(path, folder)
+            yield Item(printable(name), None if place is None else printable(place), _encoded(place))
+
+
+def resolve(path: str, folder: str) -> str:
+    """A manifest's path as a local path or the URI of another file system."""
+    if path.startswith("file://"):
+        return unquote(urlsplit(path).path)
+    return path if is_uri(path) else os.path.join(folder, path)
+
+
+def _encoded(path: str | None) -> bytes | None:
+    try:
+        return None if path is None else os.fsencode(path)
+    except UnicodeEncodeError:  # half a surrogate pair: no file can have this name
+        return None
+
+
+def _column_names(path: str) -> list[str]:
+    suffix = Path(path).suffix.lower()
+    if suffix in PARQUET:
+        with pq.ParquetFile(path) as file:
+            return file.schema_arrow.names
+    if suffix in _SEPARATORS:
+        with csv.open_csv(path, parse_options=_separated(suffix)) as reader:
+            return reader.schema.names
+    with open(path, encoding="utf-8") as lines:
+        first = next((json.loads(line) for line in lines if line.strip()), {})
+        return list(first) if isinstance(first, dict) else []
+
+
+def _separated(suffix: str) -> csv.ParseOptions:
+    return csv.ParseOptions(delimiter=_SEPARATORS[suffix], newlines_in_values=True)
+
+
+def _rows(path: str, id_column: str | None, path_column: str | None) -> Iterator[Row]:
+    columns = [column for column in (id_column or path_column, path_column) if column]
+    try:
+        if Path(path).suffix.lower() in JSON_LINES:
+            yield from _json_rows(path, columns)
+            return
+        for batch in _batches(path, sorted(set(columns))):
+            texts = [_texts(batch.column(column)) for column in columns]
+            yield from zip(texts[0], texts[-1] if path_column else [None] * len(texts[0]), strict=True)
+    except _UNREADABLE as error:
+        raise JobError(f"cannot read the manifest {path!r}: {error}") from error
+
+
+def _batches(path: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    suffix = Path(path).suffix.lower()
+    if suffix in PARQUET:
+        with pq.ParquetFile(path) as file:
+            yield from file.iter_batches(_ROWS, columns=columns)
+    else:  # as text, so that 007 stays 007
+        convert = csv.ConvertOptions(include_columns=columns, column_types=dict.fromkeys(columns, pa.string()))
+        with csv.open_csv(path, parse_options=_separated(suffix), convert_options=convert) as reader:
+            yield from reader
+
+
+def _texts(column: pa.Array) -> list[str | None]:
+    return column.cast(pa.string()).to_pylist()
+
+
+def _json_rows(path: str, columns: list[str]) -> Iterator[Row]:
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError(f"line {number} is no JSON object")
+                values = [row.get(column) for column in columns]
+                if any(isinstance(value, (dict, list)) for value in values):
+                    raise ValueError(f"line {number}: ids and paths are texts or numbers")
+                texts = [None if value is None else str(value) for value in values]
+                yield texts[0], texts[-1]

@@ -1,0 +1,127 @@
+"""What one image may cost: bytes, pixels and formats are checked before memory is spent."""
+
+from __future__ import annotations
+
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from clipfleet.errors import (
+    ImageCorrupt,
+    ImageError,
+    ImageFormatUnsupported,
+    ImageTooManyBytes,
+    ImageTooManyPixels,
+)
+from clipfleet.images import ImageLimits, decode, decoding_bytes, open_image, read_file
+from tests.pictures import encode, picture
+from tests.reference import CLIP, spec_of
+
+SPEC = spec_of(CLIP)
+MEGAPIXELS_64 = ImageLimits().max_pixels
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that promises width x height pixels and holds none."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0)
+    chunks = [header, b"IDAT" + zlib.compress(b""), b"IEND"]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks
+    )
+
+
+def headers(width: int, height: int) -> dict[str, bytes]:
+    """The start of a file of each kind whose header promises width x height."""
+    small = {kind: bytearray(encode(picture("RGB", 16, 16), kind)) for kind in ("JPEG", "GIF", "BMP")}
+    frame = small["JPEG"].index(b"\xff\xc0")
+    small["JPEG"][frame + 5 : frame + 9] = struct.pack(">HH", height, width)
+    small["GIF"][6:10] = struct.pack("<HH", width, height)
+    small["BMP"][18:26] = struct.pack("<ii", width, height)
+    return {"PNG": png_header(width, height), **{kind: bytes(data) for kind, data in small.items()}}
+
+
+def test_defaults_are_20_mib_and_64_megapixels() -> None:
+    limits = ImageLimits()
+    assert (limits.max_bytes, limits.max_pixels) == (20 * 2**20, 64_000_000)
+    assert limits.formats == ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+
+
+def test_bytes_over_the_limit_are_refused_with_their_number() -> None:
+    data = encode(picture("RGB"), "PNG")
+    decode(data, SPEC, ImageLimits(max_bytes=len(data)))
+    with pytest.raises(ImageTooManyBytes) as caught:
+        decode(data, SPEC, ImageLimits(max_bytes=len(data) - 1))
+    assert caught.value.data == {"bytes": len(data), "limit": len(data) - 1}
+
+
+def test_a_large_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "huge.jpg"
+    with path.open("wb") as file:
+        file.truncate(2**40)  # a terabyte of holes
+    with pytest.raises(ImageTooManyBytes) as caught:
+        read_file(path)
+    assert caught.value.data["bytes"] == 2**40
+
+
+def test_pixels_at_the_limit_pass_and_one_more_is_refused() -> None:
+    data = encode(picture("RGB", 117, 83), "PNG")
+    decode(data, SPEC, ImageLimits(max_pixels=117 * 83))
+    with pytest.raises(ImageTooManyPixels) as caught:
+        decode(data, SPEC, ImageLimits(max_pixels=117 * 83 - 1))
+    assert caught.value.data == {"width": 117, "height": 83, "limit": 117 * 83 - 1}
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP"])
+@pytest.mark.parametrize(("width", "height"), [(8001, 8000), (9600, 9600), (65000, 65000)])
+def test_a_header_that_promises_too_much_is_refused(kind: str, width: int, height: int) -> None:
+    assert width * height > MEGAPIXELS_64
+    with warnings.catch_warnings():
+        # Whether Pillow's own warning about size is an error or nothing, ours comes out.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with pytest.raises(ImageTooManyPixels):
+            open_image(headers(width, height)[kind])
+    with pytest.raises(ImageTooManyPixels):
+        decode(headers(width, height)[kind], SPEC)
+
+
+def test_a_pil_image_over_the_limit_is_refused() -> None:
+    with pytest.raises(ImageTooManyPixels):
+        decode(picture("L", 100, 100), SPEC, ImageLimits(max_pixels=9_999))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP"])  # a GIF's screen grows with its first frame
+@pytest.mark.parametrize(("width", "height"), [(0, 10), (10, 0), (0, 0)])
+def test_a_header_of_no_pixels_is_corrupt(kind: str, width: int, height: int) -> None:
+    with pytest.raises(ImageCorrupt):
+        decode(headers(width, height)[kind], SPEC)
+
+
+def test_a_pil_image_of_no_pixels_is_corrupt() -> None:
+    with pytest.raises(ImageCorrupt, match="no pixels: 0 x 5"):
+        decode(Image.new("RGB", (0, 5)), SPEC)
+
+
+def test_a_format_can_be_switched_off() -> None:
+    data = encode(picture("RGB"), "GIF")
+    decode(data, SPEC)
+    with pytest.raises(ImageFormatUnsupported, match="the image is GIF; accepted are JPEG, PNG") as caught:
+        decode(data, SPEC, ImageLimits(formats=("JPEG", "PNG")))
+    assert caught.value.data == {"format": "GIF"}
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "I;16"])
+def test_the_estimate_of_decoding_covers_the_pixels(mode: str) -> None:
+    image = Image.new(mode, (100, 50))
+    assert decoding_bytes(image) >= len(image.tobytes())
+
+
+def test_opening_decodes_nothing() -> None:
+    header = png_header(8000, 8000)
+    image = open_image(header)
+    assert image.size == (8000, 8000)
+    with pytest.raises(ImageError):
+        decode(header, SPEC)
