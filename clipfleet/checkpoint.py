@@ -148,7 +148,8 @@ def _converted_revision(hub_id: str, main: str) -> str | None:
     author, title = _CONVERTER
     api = HfApi()
     for request in api.get_repo_discussions(hub_id, author=author, discussion_type="pull_request"):
-        if request.title == title and request.status == "open" and request.git_reference:
+        genuine = request.author == author and request.title == title and request.status == "open"
+        if genuine and request.git_reference:
             commits = [commit.commit_id for commit in api.list_repo_commits(hub_id, revision=request.git_reference)]
             if commits[1:2] == [main]:
                 return commits[0]

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from clipfleet import __version__
-from clipfleet.errors import ClipfleetError
+from clipfleet.errors import ClipfleetError, SettingsError
 
 app = typer.Typer(
     name="clipfleet",
@@ -20,18 +20,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-STOPPED, FAILED_ROWS = 1, 3
+STOPPED, WRONG_USAGE, FAILED_ROWS = 1, 2, 3
+_DEFAULT_MODEL = "openai/clip-vit-base-patch32"
+_MODEL_HELP = "Checkpoint: tiny, a folder, or a hub id[@revision]."
 _LOCAL = ("torch", "transformers", "PIL", "loguru", "huggingface_hub", "safetensors", "sentencepiece", "tokenizers")
 _SERVE = ("ray", "fastapi", "starlette", "orjson", "pyarrow", "grpc")
 
 
 @contextmanager
-def _reported() -> Iterator[None]:
-    """End with status 1 and one line for what is not a bug of ours."""
+def _reported(wrong_settings: int = STOPPED) -> Iterator[None]:
+    """End with status 1 and one line for what is not a bug of ours; wrong settings may have a status of their own."""
     try:
         yield
     except ClipfleetError as error:
-        _fail(str(error))
+        _fail(str(error), wrong_settings if isinstance(error, SettingsError) else STOPPED)
+    except KeyboardInterrupt:
+        _fail("interrupted")
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         extra = "local" if missing in _LOCAL else "serve" if missing in _SERVE else None
@@ -40,9 +44,9 @@ def _reported() -> Iterator[None]:
         _fail(f"this command needs {missing}: pip install 'clipfleet[{extra}]'")
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, status: int = STOPPED) -> None:
     typer.echo(f"clipfleet: {message}", err=True)
-    raise typer.Exit(STOPPED)
+    raise typer.Exit(status)
 
 
 def _version(asked: bool) -> None:
@@ -65,7 +69,7 @@ def main(
 )
 def serve(
     config: Annotated[str, typer.Argument(help="A Ray Serve config file, or a packaged one by name.")] = "serve_config",
-    model: Annotated[str | None, typer.Option(help="Checkpoint: tiny, a folder, or a hub id[@revision].")] = None,
+    model: Annotated[str | None, typer.Option(help=_MODEL_HELP)] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on; the file's or 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port; the file's or 8000.")] = None,
     metrics_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the Prometheus metrics.")] = 9464,
@@ -80,13 +84,58 @@ def serve(
         serve_until_stopped(settings, model=model, host=host, port=port, metrics_port=metrics_port, say=typer.echo)
 
 
+@app.command(
+    epilog="Examples:  clipfleet embed photos/ vectors/ --model tiny  |  "
+    "clipfleet embed products.parquet vectors/ --path-column file --id-column sku"
+)
+def embed(
+    source: Annotated[str, typer.Argument(help="A folder, a glob, or a manifest (.parquet, .csv, .jsonl).")],
+    dest: Annotated[str, typer.Argument(help="A folder for the Parquet files; finished rows in it are skipped.")],
+    model: Annotated[str, typer.Option(help=_MODEL_HELP)] = _DEFAULT_MODEL,
+    path_column: Annotated[str | None, typer.Option(help="The manifest's column of image paths.")] = None,
+    bytes_column: Annotated[str | None, typer.Option(help="The manifest's column of image bytes.")] = None,
+    id_column: Annotated[str | None, typer.Option(help="The manifest's column of ids; default: the path.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in one forward pass.")] = 32,
+    actors: Annotated[int | None, typer.Option(min=1, help="Encoders; default: one a GPU, or by CPUs.")] = None,
+    retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Redo the rows that failed before.")] = False,
+    address: Annotated[str | None, typer.Option(envvar="RAY_ADDRESS", help="A running Ray; default: its own.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    precision: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+) -> None:
+    """Embed many images into Parquet files, streaming and resumable.
+
+    Ends with status 0 (all good), 3 (finished, some rows failed), 1 (stopped; the same command goes on) or 2
+    (wrong usage).
+    """
+    with _reported(WRONG_USAGE):
+        from jobs.embed_images import run
+        from jobs.options import EmbedOptions
+
+        summary = run(
+            EmbedOptions(
+                source=source,
+                dest=dest,
+                model=model,
+                path_column=path_column,
+                bytes_column=bytes_column,
+                id_column=id_column,
+                batch_size=batch_size,
+                actors=actors,
+                retry_errors=retry_errors,
+                address=address,
+                device=device,
+                precision=precision,
+            )
+        )
+        typer.echo(str(summary))
+        raise typer.Exit(summary.exit_status)
+
+
 @app.command(epilog="Example:  clipfleet encode --model tiny --text 'a red circle' photo.jpg --out vectors.npy")
 def encode(
     images: Annotated[list[Path] | None, typer.Argument(help="Image files.")] = None,
     text: Annotated[list[str] | None, typer.Option(help="A text; may be given several times.")] = None,
-    model: Annotated[str, typer.Option(help="Checkpoint: tiny, a folder, or a hub id[@revision].")] = (
-        "openai/clip-vit-base-patch32"
-    ),
+    model: Annotated[str, typer.Option(help=_MODEL_HELP)] = _DEFAULT_MODEL,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     out: Annotated[
         Path | None, typer.Option(help="Write one .npy (n, d), failed rows NaN, instead of JSON lines.")
@@ -124,3 +173,7 @@ def models(
 
         for entry in served_models(url, api_key) if url else offline_models():
             typer.echo(json.dumps(entry, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    app()

@@ -8,6 +8,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
 from itertools import zip_longest
 from types import TracebackType
 from typing import TypeVar
@@ -87,7 +88,7 @@ class CLIPEmbedder:
                     assert decoding is not None
                     decoded = await decoding
                     decoding = self._decode_all(following) if following is not None else None
-                    results += await self._run(self._model_thread, lambda: self._encode(decoded))
+                    results += await self._run(self._model_thread, partial(self._encode, decoded))
                     bar.update(len(chunk))
             finally:
                 if decoding is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
@@ -156,7 +157,7 @@ class Encoder:
 
     @torch.inference_mode()
     def _forward_pixels(self, pixels: np.ndarray) -> np.ndarray:
-        pixels = np.require(pixels, requirements="CW")  # torch warns of read-only arrays, such as Ray's
+        pixels = np.require(pixels, requirements=["C", "W"])  # torch warns of read-only arrays, such as Ray's
         batch = torch.from_numpy(pixels).to(self.device, non_blocking=True)  # (n, H, W, 3) uint8
         batch = batch.permute(0, 3, 1, 2).float() * self.checkpoint.pixels.rescale  # (n, 3, H, W) float32, 0..1
         batch = (batch - self._mean) / self._std
@@ -209,7 +210,7 @@ def _read_logits(checkpoint: Checkpoint) -> tuple[float, float | None]:
         with safe_open(path, framework="pt") as file:
             for name in {"logit_scale", "logit_bias"} & set(file.keys()):
                 found[name] = file.get_tensor(name).float().item()
-    scale = float(np.exp(found.get("logit_scale", np.log(100.0))))  # stored as its logarithm
+    scale = math.exp(found.get("logit_scale", math.log(100)))  # stored as its logarithm
     return scale, found.get("logit_bias")
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import base64
 import io
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 DType = Literal["float32", "float16"]
 
 
-class Ranked(NamedTuple):
+@dataclass(frozen=True)
+class Ranked:
     """One candidate's place in a ranking."""
 
     index: int

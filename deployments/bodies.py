@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
@@ -55,7 +55,7 @@ class Body:
         finally:
             await form.close()
 
-    async def _stream(self) -> AsyncIterator[bytes]:
+    async def _stream(self) -> AsyncGenerator[bytes, None]:
         if self._request.headers.get("content-encoding", "identity").lower() != "identity":
             raise InvalidRequest("compressed bodies (Content-Encoding) are not accepted")
         declared = self._declared_length()
@@ -108,9 +108,9 @@ def invalid(problems: Sequence[Any]) -> InvalidRequest:
     place = first["loc"]
     if not place:
         return InvalidRequest("the body must be a JSON object")
-    index = next((part for part in place if isinstance(part, int)), None)
-    param = f"{place[0]}" if index is None else f"{place[0]}[{index}]"
     # Where several types are accepted, pydantic reports one problem for each of them.
-    several = sum(problem["loc"][:1] == place[:1] for problem in problems) > 1
-    reason = "has none of the accepted types (see /docs)" if several else first["msg"]
+    same = [problem for problem in problems if problem["loc"][:1] == place[:1]]
+    index = next((part for problem in same for part in problem["loc"] if isinstance(part, int)), None)
+    param = f"{place[0]}" if index is None else f"{place[0]}[{index}]"
+    reason = "has none of the accepted types (see /docs)" if len(same) > 1 else first["msg"]
     return InvalidRequest(f"{param}: {reason}", param=param)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 from ray.serve.metrics import Counter
@@ -61,7 +62,8 @@ class DecoderReplica:
         self._budget = MemoryBudget(settings.limits.decoding_bytes)
         self._threads = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="decode")
         self._children = asyncio.Semaphore(2)
-        self._errors = Counter("clipfleet_errors_total", "Items that failed, by code.", tag_keys=("tower", "code"))
+        tags: Any = ("tower", "code")  # Ray's annotation says a tuple of one
+        self._errors = Counter("clipfleet_errors_total", "Items that failed, by code.", tag_keys=tags)
         self._errors.set_default_tags({"tower": "image"})
 
     async def decode(self, images: Sequence[bytes], deadline: float) -> list[Pixels]:

@@ -17,7 +17,7 @@ from clipfleet.fingerprint import fingerprint
 from clipfleet.settings import BatchSettings, ServiceSettings, check_batching, parse
 from deployments.batching import Batcher
 
-_BATCH_SIZES = [1, 2, 4, 8, 16, 32, 64, 128, 256]
+_BATCH_SIZES: list[float] = [1, 2, 4, 8, 16, 32, 64, 128, 256]
 _SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30]
 
 

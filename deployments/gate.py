@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 import time
 from collections.abc import Callable, Sequence
 
@@ -113,6 +114,6 @@ def read_deadline(request: Request, longest_s: float) -> float:
     text = request.headers.get(DEADLINE_HEADER)
     if text is None:
         return time.time() + longest_s
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise InvalidRequest(f"{DEADLINE_HEADER} must be a whole number of milliseconds above 0")
+    if re.fullmatch("0*[1-9][0-9]{0,14}", text) is None:  # more digits would overflow a float
+        raise InvalidRequest(f"{DEADLINE_HEADER} must be a whole number of milliseconds above 0, of up to 15 digits")
     return time.time() + min(longest_s, int(text) / 1000)

@@ -26,22 +26,21 @@ def build(args: dict[str, Any]) -> Application:
     """Build the application from a config file's `args`. Raises SettingsError."""
     settings = service_settings(args)
     resources = _encoder_resources(settings)
-    encoder = serve.deployment(EncoderReplica)
 
     def encoders(name: str, tower: str) -> Application:
-        options = encoder.options(
+        options = _deployment(EncoderReplica)(
             name=name, max_ongoing_requests=DEFAULT_MAX_ONGOING[name], ray_actor_options=resources, **_HEALTH
         )
         return options.bind(tower, settings)
 
-    decoder = serve.deployment(DecoderReplica).options(
+    decoder = _deployment(DecoderReplica)(
         name="ImageDecoder",
         max_ongoing_requests=DEFAULT_MAX_ONGOING["ImageDecoder"],
         ray_actor_options={"num_cpus": 1},
         **_HEALTH,
     )
     # The ingress admits by items and bytes itself; Serve must not refuse before it, in plain text.
-    ingress = serve.deployment(Ingress).options(
+    ingress = _deployment(Ingress)(
         name="Ingress",
         max_ongoing_requests=DEFAULT_MAX_ONGOING["Ingress"],
         ray_actor_options={"num_cpus": 0.5},
@@ -53,6 +52,11 @@ def build(args: dict[str, Any]) -> Application:
         encoders("ImageEncoder", "image"),
         encoders("TextEncoder", "text"),
     )
+
+
+def _deployment(kind: type) -> Any:
+    deployment: Any = serve.deployment(kind)  # annotated for functions alone
+    return deployment.options
 
 
 _HEALTH: dict[str, Any] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -161,7 +162,7 @@ class Ingress:
                 "object": "list",
                 "model": model["id"],
                 "fingerprint": model["fingerprint"],
-                "results": [result._asdict() for result in ranked],
+                "results": [asdict(result) for result in ranked],
             }
         )
 

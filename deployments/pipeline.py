@@ -63,11 +63,11 @@ class Pipeline:
     async def embed(self, inputs: Sequence[Input], deadline: float) -> list[Outcome]:
         """One outcome an input, in order. `deadline` is wall-clock time. Raises ServiceError for the whole request."""
         outcomes: dict[int, Outcome] = {i: item for i, item in enumerate(inputs) if isinstance(item, ClipfleetError)}
-        images = [i for i, item in enumerate(inputs) if isinstance(item, bytes)]
+        images = {i: len(item) for i, item in enumerate(inputs) if isinstance(item, bytes)}
         texts = [i for i, item in enumerate(inputs) if isinstance(item, str)]
         attempts = Attempts()
         calls = [
-            *((chunk, self._embed_images) for chunk in _spread(images, [len(inputs[i]) for i in images])),
+            *((chunk, self._embed_images) for chunk in _spread(images)),
             *((texts[i : i + _TEXTS_A_CALL], self._embed_texts) for i in range(0, len(texts), _TEXTS_A_CALL)),
         ]
         try:
@@ -111,12 +111,12 @@ class Pipeline:
         )
 
 
-def _spread(indices: list[int], sizes: list[int]) -> list[list[int]]:
-    """Cut a request's images into calls: as many as there may be decoders, few enough to be cheap, none too large."""
-    most = min(_IMAGES_A_CALL, -(-len(indices) // _IMAGES_A_CALL))
+def _spread(images: dict[int, int]) -> list[list[int]]:
+    """Cut a request's images (place: bytes) into calls: many enough for the decoders, few enough to be cheap, none large."""
+    most = min(_IMAGES_A_CALL, -(-len(images) // _IMAGES_A_CALL))
     chunks: list[list[int]] = []
     held = 0
-    for index, size in zip(indices, sizes, strict=True):
+    for index, size in images.items():
         if not chunks or len(chunks[-1]) >= most or held + size > _BYTES_A_CALL:
             chunks.append([])
             held = 0

@@ -34,6 +34,8 @@ class ImageItem(Wire):
 
 
 Item = StrictStr | TextItem | ImageItem
+# A long list of wrong items would make a problem for each of them: 2 GB and 5 s for a body of 1 MB.
+Items = Annotated[list[Item], Field(fail_fast=True)]
 
 
 class Options(Wire):
@@ -50,7 +52,7 @@ class Options(Wire):
 class EmbeddingsRequest(Options):
     """`POST /v1/embeddings`: OpenAI's shape, with images."""
 
-    input: Item | list[Item]
+    input: Item | Items
     modality: Annotated[Modality, Field(description="What plain strings are.")] = "text"
     dimensions: Annotated[StrictInt | None, Field(description="Must equal the checkpoint's dimension.")] = None
 
@@ -60,7 +62,7 @@ class RankRequest(Wire):
 
     model: StrictStr | None = None
     query: Item
-    candidates: list[Item]
+    candidates: Items
 
 
 class ItemError(Wire):

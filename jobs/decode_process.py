@@ -100,7 +100,7 @@ def serve(descriptor: int) -> None:
             pixels, reply = _decode(connection.recv(), spec)
             connection.send(reply)
             if pixels is not None:
-                connection.send_bytes(pixels.data)
+                connection.send_bytes(memoryview(pixels).cast("B"))
 
 
 def _decode(source: bytes | os.PathLike[str], spec: PixelSpec) -> tuple[np.ndarray | None, Reply]:

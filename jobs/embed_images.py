@@ -197,18 +197,21 @@ def _stream(
     with ray.data.DataContext.current(quiet_data()):
         dataset = ray.data.from_items(list(range(task_count)), override_num_blocks=min(task_count, _TASKS_AT_MOST))
         dataset = dataset.map_batches(
-            decode_tasks, fn_args=(decode,), batch_size=None, zero_copy_batch=True, num_cpus=DECODE_CPUS
+            decode_tasks,
+            fn_args=(decode,),
+            num_cpus=DECODE_CPUS,
+            # What its pixels take. The encoders reserve no memory, and between stages whose resources are equal Ray
+            # Data sees one stage: it would decode in the actors.
+            memory=_PIXEL_BYTES,
         )
         dataset = dataset.map_batches(
             EncodeActor,
             fn_constructor_args=(encode,),
-            batch_size=None,
+            batch_size=1,
             batch_format="pyarrow",
-            zero_copy_batch=True,
             compute=ray.data.ActorPoolStrategy(size=resources.actors),
             num_cpus=resources.cpus,
             num_gpus=resources.gpus,
-            max_restarts=-1,  # Ray Data's own default, spelled out: with equal options it would decode in the actors
         )
     yield from dataset.iter_batches(batch_size=None, prefetch_batches=0)
 

@@ -48,6 +48,7 @@ class Resources:
 def connected(address: str | None) -> Iterator[bool]:
     """Connect to the Ray at `address` or RAY_ADDRESS, or start one. Yields whether it is our own."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray sends usage statistics to its makers unless told not to
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ part prints warnings past every other setting
     address = address or os.environ.get("RAY_ADDRESS")
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         yield False

@@ -17,14 +17,14 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from draw_shapes import COLOURS, LABELS, draw
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Regex as Pattern
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 IMAGE_SIZE = 224
@@ -140,7 +140,8 @@ class Trainer:
     def __init__(self, tokenizer: CLIPTokenizer, device: str) -> None:
         self.tokenizer = tokenizer
         self.device = device
-        self.model = make_model(tokenizer).to(device)
+        self.model: Any = make_model(tokenizer)
+        self.model.to(device)
         processor = CLIPImageProcessorPil()
         self.mean = torch.tensor(processor.image_mean, device=device).view(1, 3, 1, 1)
         self.std = torch.tensor(processor.image_std, device=device).view(1, 3, 1, 1)

@@ -90,11 +90,12 @@ def test_converted_weights_are_found_in_the_bots_pull_request_and_later_offline(
     [
         {"pull_requests": []},
         {"pull_requests": [pull_request(7, status="closed")]},
+        {"pull_requests": [pull_request(7, author={"name": "somebody"})]},
         {"pull_requests": [pull_request(7, title="Use these weights instead")]},
         {"history": {"refs/pr/7": [CONVERTED, OTHER, MAIN]}},
         {"history": {"refs/pr/7": [CONVERTED, OTHER]}},
     ],
-    ids=["none", "closed", "another title", "more than one commit", "of another commit"],
+    ids=["none", "closed", "another author", "another title", "more than one commit", "of another commit"],
 )
 def test_any_other_pull_request_is_not_taken(tmp_path: Path, options: dict[str, Any]) -> None:
     with serve(hub_of_pickles(tmp_path, **options)) as hub:

@@ -1,0 +1,71 @@
+"""The scripts that make pictures and checkpoints do what their first lines say."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clipfleet.encoder import Encoder
+from clipfleet.images import decode
+from scripts.draw_shapes import LABELS
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+
+def run(script: str, *arguments: object) -> None:
+    done = subprocess.run(
+        [sys.executable, SCRIPTS / script, *map(str, arguments)], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_drawing_writes_pictures_and_their_labels(tmp_path: Path) -> None:
+    run("draw_shapes.py", tmp_path / "shapes", "--seed", 7, "--count", 5)
+    with (tmp_path / "shapes" / "labels.csv").open(newline="") as table:
+        rows = list(csv.DictReader(table))
+    assert list(rows[0]) == ["file", "label", "caption"] and len(rows) == 5
+    for row in rows:
+        assert row["label"] in LABELS and row["label"] in row["caption"]
+        with Image.open(tmp_path / "shapes" / row["file"]) as picture:
+            assert picture.mode == "RGB" and picture.format == "PNG"
+
+
+def test_drawing_follows_its_seed(tmp_path: Path) -> None:
+    for folder, seed in (("one", 3), ("again", 3), ("other", 4)):
+        run("draw_shapes.py", tmp_path / folder, "--seed", seed, "--count", 3)
+    one, again, other = ([file.read_bytes() for file in sorted((tmp_path / name).iterdir())]
+                         for name in ("one", "again", "other"))  # fmt: skip
+    assert one == again != other
+
+
+@pytest.fixture(scope="module")
+def random_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("random") / "vit-b-32"
+    run("make_random_clip.py", folder, "--seed", 3)
+    return folder
+
+
+def test_the_random_checkpoint_has_openais_numbers(random_clip: Path) -> None:
+    config = json.loads((random_clip / "config.json").read_text())
+    text, vision = config["text_config"], config["vision_config"]
+    layers = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
+    assert [text[name] for name in layers] == [512, 2048, 8, 12]
+    assert [vision[name] for name in layers] == [768, 3072, 12, 12]
+    assert (text["vocab_size"], text["max_position_embeddings"]) == (49408, 77)
+    assert (vision["image_size"], vision["patch_size"], config["projection_dim"]) == (224, 32, 512)
+    assert 600_000_000 < (random_clip / "model.safetensors").stat().st_size < 610_000_000
+
+
+def test_the_random_checkpoint_tells_pictures_and_texts_apart(random_clip: Path, pictures: list[Image.Image]) -> None:
+    encoder = Encoder(str(random_clip), "cpu")
+    pixels = np.stack([decode(picture, encoder.checkpoint.pixels).pixels for picture in pictures])
+    for vectors in (encoder.encode_pixels(pixels), encoder.encode_texts(list(LABELS[:12])).vectors):
+        differences = np.abs(vectors[:, None] - vectors[None]).max(2)[~np.eye(12, dtype=bool)]
+        assert vectors.shape == (12, 512) and differences.min() > 1e-3
