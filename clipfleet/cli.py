@@ -22,7 +22,7 @@ app = typer.Typer(
 
 STOPPED, WRONG_USAGE, FAILED_ROWS = 1, 2, 3
 _DEFAULT_MODEL = "openai/clip-vit-base-patch32"
-_MODEL_HELP = "Checkpoint: tiny, a folder, or a hub id[@revision]."
+_MODEL_HELP = "Checkpoint: tiny (embedded), a folder, a hub id, or id@revision."
 _LOCAL = ("torch", "transformers", "PIL", "loguru", "huggingface_hub", "safetensors", "sentencepiece", "tokenizers")
 _SERVE = ("ray", "fastapi", "starlette", "orjson", "pyarrow", "grpc")
 

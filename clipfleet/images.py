@@ -80,7 +80,10 @@ def decode(source: ImageSource, spec: PixelSpec, limits: ImageLimits = DEFAULT_L
 
 
 def read_file(path: str | os.PathLike[str], limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
-    """Read an image file, without reading more than the limit. Raises ImageNotFound, ImageUnreadable, ImageTooManyBytes."""
+    """Read an image file, but never more than the limit.
+
+    Raises ImageNotFound, ImageUnreadable or ImageTooManyBytes.
+    """
     try:
         with open(path, "rb", opener=_open_without_waiting) as file:
             status = os.fstat(file.fileno())

@@ -87,9 +87,7 @@ def run(options: EmbedOptions, *, progress: bool = True) -> Summary:
     started = time.monotonic()
     source = _open_source(options)
     checkpoint = find_checkpoint(options.model)
-    origin = Origin(
-        fingerprint(checkpoint), checkpoint.served_name, checkpoint.revision, options.precision, ENGINE
-    )
+    origin = Origin(fingerprint(checkpoint), checkpoint.served_name, checkpoint.revision, options.precision, ENGINE)
     try:
         with _stoppable(), claim(options.dest) as claimed:
             work = _plan(options, source, checkpoint, origin, claimed)
@@ -129,9 +127,7 @@ def _open_source(options: EmbedOptions) -> Source:
     return open_files(path)
 
 
-def _plan(
-    options: EmbedOptions, source: Source, checkpoint: Checkpoint, origin: Origin, claimed: Claim
-) -> _Work:
+def _plan(options: EmbedOptions, source: Source, checkpoint: Checkpoint, origin: Origin, claimed: Claim) -> _Work:
     height, width = checkpoint.pixels.size
     rows_per_file = max(1, min(options.rows_per_file, _PIXEL_BYTES // (height * width * 3)))
     rows_per_task = rows_per_file * (_FILES_PER_BYTES_TASK if source.manifest else 1)
@@ -176,7 +172,9 @@ def _execute(
         decode = DecodePlan(
             work.tasks, checkpoint.pixels, work.rows_per_file, work.source.manifest, work.source.bytes_column
         )
-        encode = EncodePlan(claimed, origin, _everywhere(checkpoint), options.device, options.batch_size, resources.threads)
+        encode = EncodePlan(
+            claimed, origin, _everywhere(checkpoint), options.device, options.batch_size, resources.threads
+        )
         with Progress(work.pending, progress) as shown:
             for batch in _stream(work.task_count, decode, encode, resources):
                 shown.advance(int(batch["rows"].sum()))
@@ -189,12 +187,10 @@ def _everywhere(checkpoint: Checkpoint) -> str:
     return checkpoint.name if checkpoint.name in EMBEDDED else str(checkpoint.folder.resolve())
 
 
-def _stream(
-    task_count: int, decode: DecodePlan, encode: EncodePlan, resources: Resources
-) -> Iterator[dict[str, Any]]:
+def _stream(task_count: int, decode: DecodePlan, encode: EncodePlan, resources: Resources) -> Iterator[dict[str, Any]]:
     import ray.data
 
-    with ray.data.DataContext.current(quiet_data()):
+    with quiet_data():
         dataset = ray.data.from_items(list(range(task_count)), override_num_blocks=min(task_count, _TASKS_AT_MOST))
         dataset = dataset.map_batches(
             decode_tasks,

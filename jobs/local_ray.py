@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 _ROOT = str(Path(__file__).resolve().parents[1])
 LOOPBACK = "127.0.0.1"
@@ -48,7 +47,6 @@ class Resources:
 def connected(address: str | None) -> Iterator[bool]:
     """Connect to the Ray at `address` or RAY_ADDRESS, or start one. Yields whether it is our own."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray sends usage statistics to its makers unless told not to
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ part prints warnings past every other setting
     address = address or os.environ.get("RAY_ADDRESS")
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         yield False
@@ -65,7 +63,8 @@ def _their_ray(address: str) -> Iterator[None]:
     import ray
 
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+        with _silent_core():
+            ray.init(address=address, log_to_driver=False, configure_logging=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
         lines = str(error.__context__ or error).strip().splitlines() or [type(error).__name__]
         raise job_error(f"cannot connect to the Ray at {address!r}: {lines[0]}") from None
@@ -108,16 +107,33 @@ def _start_ray(folder: Path) -> None:
 
     # Ray prints its own words about failed tasks to our terminal, whatever log_to_driver says.
     ray._private.worker.print_to_stdstream = lambda *_, **__: None
-    ray.init(
-        address="local",  # without it Ray would join the last cluster that this machine started
-        num_cpus=max(2, len(os.sched_getaffinity(0))),  # on one core, encoder and decoders take turns
-        include_dashboard=False,
-        configure_logging=False,
-        log_to_driver=False,  # workers log to files; the terminal belongs to the job
-        object_store_memory=OBJECT_STORE_BYTES,  # Ray's default of 30% is memory that models need
-        _node_ip_address=LOOPBACK,
-        _temp_dir=str(folder),
-    )
+    with _silent_core():
+        ray.init(
+            address="local",  # without it Ray would join the last cluster that this machine started
+            num_cpus=max(2, len(os.sched_getaffinity(0))),  # on one core, encoder and decoders take turns
+            include_dashboard=False,
+            configure_logging=False,
+            log_to_driver=False,  # workers log to files; the terminal belongs to the job
+            object_store_memory=OBJECT_STORE_BYTES,  # Ray's default of 30% is memory that models need
+            _node_ip_address=LOOPBACK,
+            _temp_dir=str(folder),
+        )
+
+
+@contextmanager
+def _silent_core() -> Iterator[None]:
+    """Keep Ray's C++ part off the terminal: it prints warnings past every setting but this, and this it announces."""
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def place(actors: int | None, cpus: float | None, gpus: float, device: str, own: bool) -> Resources:
@@ -193,13 +209,23 @@ def _belongs(pid: int, folder: str) -> bool:
     return False
 
 
-def quiet_data() -> Any:
-    """Ray Data's settings for one dataset: no bars and no words of its own on the terminal."""
+@contextmanager
+def quiet_data() -> Iterator[None]:
+    """Ray Data's settings for datasets that are made meanwhile: no bars and no words of its own on the terminal."""
     import ray.data
 
-    context = ray.data.DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.max_consecutive_actor_init_deaths = 3  # by default one encoder killed while it loads would end the job
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors reach us as exceptions
-    return context
+    context = ray.data.DataContext.get_current()
+    ours = {
+        "enable_progress_bars": False,
+        "print_on_execution_start": False,
+        "max_consecutive_actor_init_deaths": 3,  # by default one encoder killed while it loads would end the job
+    }
+    before = {name: getattr(context, name) for name in ours}
+    try:
+        for name, value in ours.items():
+            setattr(context, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(context, name, value)

@@ -49,7 +49,9 @@ class EmbedOptions:
         if self.path_column and self.bytes_column:
             raise SettingsError("a manifest has either a path column or a bytes column: give one of the two")
         if self.bytes_column and not self.id_column:
-            raise SettingsError(f"bytes (column {self.bytes_column!r}) have no name of their own: give the id column too")
+            raise SettingsError(
+                f"bytes (column {self.bytes_column!r}) have no name of their own: give the id column too"
+            )
         if self.precision not in PRECISIONS:
             raise SettingsError(f"precision {self.precision!r} is unknown; known are {', '.join(PRECISIONS)}")
         kind = self.device.partition(":")[0]

@@ -32,6 +32,14 @@ def make_config(tokenizer: CLIPTokenizer) -> CLIPConfig:
     )  # fmt: skip
 
 
+@torch.no_grad()
+def widen(model: CLIPModel) -> None:
+    """Double the layers' matrices: as initialised, pictures of different things have a cosine of 0.9993."""
+    for name, weight in model.named_parameters():
+        if "encoder" in name and weight.ndim > 1:
+            weight.mul_(2)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
@@ -40,7 +48,9 @@ def main() -> None:
 
     torch.manual_seed(arguments.seed)
     tokenizer = CLIPTokenizer.from_pretrained(TINY)
-    CLIPModel(make_config(tokenizer)).eval().save_pretrained(arguments.out)
+    model = CLIPModel(make_config(tokenizer)).eval()
+    widen(model)
+    model.save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)
     CLIPImageProcessorPil().save_pretrained(arguments.out)
 

@@ -47,10 +47,11 @@ def test_pixel_settings_are_read_from_every_kind_of_file(kind: str, checkpoints:
 
 
 def test_the_reference_classes_own_settings_are_read() -> None:
-    assert CLIP_224 == PixelSpec(
+    expected = PixelSpec(
         224, None, (224, 224), 3, 1 / 255, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     )
-    assert SIGLIP_224 == PixelSpec(None, (224, 224), None, 3, 1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert expected == CLIP_224
+    assert PixelSpec(None, (224, 224), None, 3, 1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)) == SIGLIP_224
     assert CLIP_224.size == SIGLIP_224.size == (224, 224)
 
 
@@ -110,7 +111,7 @@ def test_another_model_type_is_refused_by_its_name(tmp_path: Path, model_type: s
 def test_pickled_weights_alone_are_refused(tmp_path: Path) -> None:
     folder = copy_tiny(tmp_path / "pickled")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(CheckpointUnsupported, match="no model.safetensors; other weight formats can run code"):
+    with pytest.raises(CheckpointUnsupported, match=r"no model\.safetensors; other weight formats can run code"):
         find_checkpoint(str(folder))
     assert find_checkpoint(str(folder), weights=False).pixels == CLIP_224  # a decoder needs none
 
@@ -121,7 +122,7 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     index = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
     (folder / "model.safetensors.index.json").write_text("{}")
     edit_json(folder / "model.safetensors.index.json", weight_map=index)
-    with pytest.raises(CheckpointUnsupported, match="lacks its file model-00002-of-00002.safetensors"):
+    with pytest.raises(CheckpointUnsupported, match=r"lacks its file model-00002-of-00002\.safetensors"):
         find_checkpoint(str(folder))
 
 
@@ -136,16 +137,18 @@ def test_a_damaged_config_is_refused(tmp_path: Path, content: str) -> None:
 def test_a_missing_processor_file_is_named(tmp_path: Path) -> None:
     folder = copy_tiny(tmp_path / "bare")
     (folder / "preprocessor_config.json").unlink()
-    with pytest.raises(CheckpointUnsupported, match="no preprocessor_config.json"):
+    with pytest.raises(CheckpointUnsupported, match=r"no preprocessor_config\.json"):
         find_checkpoint(str(folder))
 
 
 def test_a_folder_without_a_checkpoint_says_so(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointNotFound, match="holds no checkpoint: it has no config.json"):
+    with pytest.raises(CheckpointNotFound, match=r"holds no checkpoint: it has no config\.json"):
         find_checkpoint(str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "~/no/such/folder", "a/b/c", "a b", "\0", "x@", "../x"])
+@pytest.mark.parametrize(
+    "name", ["./nowhere", "/no/such/folder", "~/no/such/folder", "a/b/c", "a b", "\0", "x@", "../x"]
+)
 def test_what_can_be_no_hub_id_is_not_looked_for_on_the_hub(name: str) -> None:
-    with pytest.raises(CheckpointNotFound, match="there is no such folder.*--model tiny"):
+    with pytest.raises(CheckpointNotFound, match=r"there is no such folder.*--model tiny"):
         find_checkpoint(name)

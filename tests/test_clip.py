@@ -370,9 +370,7 @@ class Watched(os.PathLike[str]):
 
 
 class TestConcurrency:
-    def test_the_event_loop_ticks_during_every_decode_and_every_forward(
-        self, picture_files: list[Path]
-    ) -> None:
+    def test_the_event_loop_ticks_during_every_decode_and_every_forward(self, picture_files: list[Path]) -> None:
         ticks, seen, stuck = [0], [], threading.Event()
 
         async def tick() -> None:
@@ -432,7 +430,7 @@ class TestConcurrency:
 
 class TestCLIPModel:
     def test_it_works_and_warns(
-        self, embedder: CLIPEmbedder, pictures: list[Image.Image], picture_files: list[Path], checkpoints: dict[str, Path]
+        self, embedder: CLIPEmbedder, pictures: list[Image.Image], picture_files: list[Path]
     ) -> None:
         with pytest.warns(DeprecationWarning, match="CLIPModel is deprecated; use CLIPEmbedder"):
             model = CLIPModel(device="cpu", model_name="tiny")
@@ -443,5 +441,5 @@ class TestCLIPModel:
 
     def test_device_is_its_first_argument(self) -> None:
         parameters = inspect.signature(CLIPModel).parameters
-        assert list(parameters)[0] == "device" and parameters["device"].default == "auto"
+        assert next(iter(parameters)) == "device" and parameters["device"].default == "auto"
         assert parameters["model_name"].default == "openai/clip-vit-base-patch32"

@@ -231,7 +231,7 @@ def test_damaged_weights_are_refused_by_name(tmp_path: Path) -> None:
     folder = copy_tiny(tmp_path / "damaged")
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CheckpointUnsupported, match="'.*damaged' cannot be loaded"):
+    with pytest.raises(CheckpointUnsupported, match=r"'.*damaged' cannot be loaded"):
         Encoder(str(folder), "cpu")
 
 
@@ -256,8 +256,8 @@ def test_sharded_weights_load(tmp_path: Path, encoders: dict[str, Encoder]) -> N
 
 def test_other_seeds_give_other_vectors(tmp_path: Path, encoders: dict[str, Encoder]) -> None:
     other = Encoder(str(make_siglip(tmp_path / "siglip", seed=1)), "cpu")
-    difference = other.encode_texts(["a red circle"]).vectors - encoders["siglip"].encode_texts(["a red circle"]).vectors
-    assert np.abs(difference).max() > 1e-2
+    ours, theirs = (each.encode_texts(["a red circle"]).vectors for each in (encoders["siglip"], other))
+    assert np.abs(ours - theirs).max() > 1e-2
 
 
 def _rewrite_weights(folder: Path, change: object) -> None:

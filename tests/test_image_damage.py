@@ -34,6 +34,14 @@ def files() -> dict[str, bytes]:
     return {kind: encode(picture("RGB", 160, 120), kind) for kind in KINDS}
 
 
+def outcome(data: bytes | bytearray) -> str:
+    """The code of the error that decoding raises, or "pixels"; anything but an ImageError comes through."""
+    try:
+        return "pixels" if decode(data, SPEC).pixels.shape == (56, 56, 3) else "pixels of a wrong shape"
+    except ImageError as error:
+        return error.code
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_truncated_file_is_corrupt(files: dict[str, bytes], kind: str) -> None:
     data = files[kind]
@@ -47,10 +55,7 @@ def test_a_truncated_file_is_corrupt(files: dict[str, bytes], kind: str) -> None
 def test_any_cut_gives_pixels_or_an_error_of_the_tree(files: dict[str, bytes], kind: str) -> None:
     data = files[kind]
     for length in [*range(0, 64), *range(64, len(data), max(1, len(data) // 40)), len(data) - 1]:
-        try:
-            assert decode(data[:length], SPEC).pixels.shape == (56, 56, 3)
-        except ImageError as error:
-            assert error.code in {"image_corrupt", "image_format_unsupported", "image_empty"}
+        assert outcome(data[:length]) in {"pixels", "image_corrupt", "image_format_unsupported", "image_empty"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -61,10 +66,7 @@ def test_flipped_bits_give_pixels_or_an_error_of_the_tree(files: dict[str, bytes
         reach = len(data) if attempt % 2 else 200  # every other time in the headers
         for _ in range(rng.choice((1, 4, 32))):
             data[rng.randrange(min(reach, len(data)))] ^= 1 << rng.randrange(8)
-        try:
-            assert decode(data, SPEC).pixels.shape == (56, 56, 3)
-        except ImageError as error:
-            assert error.code.startswith("image_")
+        assert outcome(data) in {"pixels", "image_corrupt", "image_format_unsupported", "image_too_many_pixels"}
 
 
 @pytest.mark.parametrize("kind", KINDS)

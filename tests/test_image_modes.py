@@ -13,7 +13,6 @@ from clipfleet.images import decode
 from tests.pictures import encode, picture
 from tests.reference import CLIP, SIGLIP, Processor, reference_pixels, spec_of
 
-
 # kind, mode, options of saving
 SAVED: list[tuple[str, str, dict[str, Any]]] = [
     *(("JPEG", mode, {"quality": 90}) for mode in ("L", "RGB", "CMYK")),

@@ -21,10 +21,10 @@ HOMES = {
     "transformers": {"encoder"},
     "safetensors": {"encoder"},
     "PIL": {"images", "embedder"},
-    "huggingface_hub": {"checkpoint"},
+    "huggingface_hub": {"checkpoint", "catalogue"},
     "yaml": {"settings"},
     "pydantic": {"settings"},
-    "httpx": {"client"},
+    "httpx": {"client", "catalogue"},
     "typer": {"cli"},
 }
 COMMANDS_ONLY = {"ray", "deployments", "jobs"}  # inside functions of cli.py, and nowhere else

@@ -94,7 +94,7 @@ def test_base64_is_little_endian_whatever_the_array() -> None:
 
 
 def test_base64_that_is_none_is_refused() -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="base64"):
         from_base64("not base64!")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -103,13 +104,12 @@ def private_folder() -> Iterator[Path]:
         files = [path for path in folder.rglob("*") if not path.is_dir()]
         assert not files, f"left on disk: {files[:5]}"
     finally:
-        for process in of_folder(folder):
-            with suppress(OSError):
-                os.kill(process.pid, signal.SIGKILL)
-        _remove(folder)
+        end_all(folder)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)
+def end_all(folder: Path) -> None:
+    """End the processes of a folder, each by its own id."""
+    for process in of_folder(folder):
+        with suppress(OSError):
+            os.kill(process.pid, signal.SIGKILL)

@@ -1,0 +1,67 @@
+"""GET /v1/models, /healthz and /readyz, and the header that every answer has."""
+
+from __future__ import annotations
+
+import httpx
+
+from clipfleet.checkpoint import find_checkpoint
+from clipfleet.fingerprint import fingerprint
+from tests.deployments.service import Service
+
+TINY = {
+    "id": "tiny",
+    "object": "model",
+    "revision": None,
+    "dimension": 512,
+    "context_length": 77,
+    "image_size": 224,
+    "precision": "float32",
+    "engine": "torch",
+}
+
+
+def test_the_ready_line_names_address_and_model(service: Service) -> None:
+    assert service.command.out == f"clipfleet ready: {service.url} model=tiny\n"
+    assert service.command.err == ""
+
+
+def test_models_lists_the_served_checkpoint(http: httpx.Client) -> None:
+    answer = http.get("/v1/models")
+    tiny = {**TINY, "fingerprint": fingerprint(find_checkpoint("tiny"))}
+    assert answer.status_code == 200 and answer.headers["content-type"] == "application/json"
+    assert answer.json() == {"object": "list", "data": [tiny]}
+    assert http.get("/v1/models/tiny").json() == tiny
+
+
+def test_an_id_may_hold_slashes(http: httpx.Client) -> None:
+    for path in ("/v1/models/openai/clip-vit-base-patch32", "/v1/models/openai%2Fclip-vit-base-patch32"):
+        answer = http.get(path)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["param"]) == (404, "model_not_found", "model")
+        assert "'openai/clip-vit-base-patch32'" in error["message"] and "'tiny'" in error["message"]
+
+
+def test_alive_and_ready_name_each_deployment(http: httpx.Client) -> None:
+    deployments = dict.fromkeys(("Ingress", "ImageDecoder", "ImageEncoder", "TextEncoder"), "ready")
+    assert http.get("/healthz").json() == {"status": "alive", "deployments": deployments}
+    assert http.get("/readyz").json() == {"status": "ready", "deployments": deployments}
+
+
+def test_every_answer_carries_the_fingerprint(http: httpx.Client) -> None:
+    expected = fingerprint(find_checkpoint("tiny"))
+    answers = [
+        http.get("/v1/models"),
+        http.get("/healthz"),
+        http.get("/readyz"),
+        http.get("/docs"),
+        http.get("/openapi.json"),
+        http.post("/v1/embeddings", json={"input": "a red circle"}),
+        http.post("/v1/rank", json={"query": "a", "candidates": ["b"]}),
+        http.get("/v1/nothing"),
+        http.put("/v1/embeddings"),
+        http.post("/v1/embeddings", content=b"no JSON"),
+        http.post("/v1/embeddings/images", content=b"", headers={"Content-Type": "image/png"}),
+        http.post("/v1/embeddings", json={"input": "late"}, headers={"X-Deadline-Ms": "1"}),
+    ]
+    assert {answer.status_code for answer in answers} == {200, 404, 405, 400, 422, 504}
+    assert [answer.headers["X-Clipfleet-Fingerprint"] for answer in answers] == [expected] * len(answers)
