@@ -18,7 +18,6 @@ import re
 import signal
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -28,13 +27,12 @@ from typing import Any
 
 from clipfleet.errors import SetupError
 from clipfleet.settings import APPLICATION
-from deployments.guardian import MARK, start_guardian
+from deployments.guardian import start_guardian
 from deployments.haproxy_wrapper import haproxy_binary, haproxy_environment
+from deployments.private_ray import LOOPBACK, make_folder, set_environment, start_ray
 
-LOOPBACK = "127.0.0.1"
-PORTS = range(
-    20000, 32000, 100
-)  # below the kernel's range for outgoing connections; an instance takes one block of 100
+# An instance takes one block of 100. They lie below the kernel's range for outgoing connections.
+PORTS = range(20000, 32000, 100)
 UNPLACED_S = 60  # a replica that no node has room for is waited for this long
 DRAIN_S = 5  # at a stop, requests in flight have this long to finish
 
@@ -88,30 +86,17 @@ def claim_block() -> tuple[socket.socket, int]:
     raise SetupError(f"no block of {PORTS.step} free ports between {PORTS.start} and {PORTS.stop}")
 
 
-def make_folder() -> Path:
-    """The instance's private folder. Its path is short: a Unix socket's may have 107 bytes, a node id takes 56 of them."""
-    base = tempfile.gettempdir()
-    return Path(tempfile.mkdtemp(prefix="cf-", dir=base if len(base) <= 16 else "/tmp")).resolve()
-
-
-def prepare_environment(host: str, port: int, block: int, folder: Path) -> dict[str, str]:
-    """Set what Ray and Serve read when they are imported, and return it. A variable that the user set already wins.
+def prepare_environment(host: str, port: int, block: int, folder: Path) -> None:
+    """Set what Ray and Serve read when they are imported. A variable that the user set already wins.
 
     `host` and `port` are where clients connect, `block` is the first port of a block from claim_block.
     """
     if "ray" in sys.modules:
         raise RuntimeError("ray was imported before its environment was set")
     values = {
-        MARK: str(folder),  # how the guardian knows this instance's processes
-        "RAY_USAGE_STATS_ENABLED": "0",  # Ray sends usage statistics to its makers unless told not to
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",  # calls between deployments by gRPC: 82 -> 116 requests/s, 259 with HAProxy
-        # Ray takes a loopback address of its node only with its support for clusters off (as it is on macOS); with any other
-        # address all its parts listen on all interfaces.
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        "RAY_AUTH_MODE": "token",  # Ray's default here (~/.ray/auth_token), set so that it does not announce it on stderr
         # A message between replicas: Ray's 4 MiB would refuse one large image. Calls hold 16 MiB and one more image.
         "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(256 * 2**20),
-        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # under `uv run` Ray would build an environment anew for each worker
         "RAY_metrics_report_interval_ms": "2000",  # metrics reach the metrics port every 2 s, not every 10 s
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # HAProxy follows in under 1 s; 30 s would hold up every stop
         # Ports of this instance's ingress replicas and of Serve's own proxy, apart from any other instance's.
@@ -122,7 +107,7 @@ def prepare_environment(host: str, port: int, block: int, folder: Path) -> dict[
     }
     if binary := haproxy_binary():
         values |= haproxy_environment(host, port, block, folder, binary)
-    return {name: os.environ.setdefault(name, value) for name, value in values.items()}
+    set_environment(folder, values)
 
 
 # --- Ray and the application
@@ -134,26 +119,6 @@ def listen_on_loopback() -> None:
 
     add_port = tls.add_port_to_grpc_server
     tls.add_port_to_grpc_server = lambda server, address: add_port(server, address.replace("[::]", LOOPBACK))
-
-
-def _start_ray(folder: Path, metrics_port: int) -> None:
-    import ray
-    import ray._private.worker
-
-    # Ray prints its own words about failed tasks and placement to our terminal, whatever log_to_driver says.
-    ray._private.worker.print_to_stdstream = lambda *_, **__: None
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        configure_logging=False,
-        log_to_driver=False,  # replicas log to files; the terminal belongs to the command
-        namespace="serve",
-        object_store_memory=512 * 2**20,  # requests travel by gRPC; Ray's default of 30% is memory that models need
-        runtime_env={"worker_process_setup_hook": "deployments.local_ray.listen_on_loopback"},
-        _node_ip_address=LOOPBACK,
-        _metrics_export_port=metrics_port,
-        _temp_dir=str(folder),
-    )
 
 
 def _deploy(config: dict[str, Any], host: str, port: int) -> Any:
@@ -309,7 +274,7 @@ def _connected(address: str) -> Iterator[None]:
     except (
         ConnectionError,
         RuntimeError,
-    ) as error:  # the cause lies deeper: a wrong address, or RAY_AUTH_MODE of the cluster
+    ) as error:  # the cause lies deeper: a wrong address, or the cluster's RAY_AUTH_MODE
         raise SetupError(f"cannot connect to the Ray at {address}: {cause(str(error.__context__ or error))}") from None
     yield
 
@@ -323,7 +288,12 @@ def _own_ray(host: str, port: int, metrics_port: int) -> Iterator[None]:
     try:
         _listen_to_signals()
         prepare_environment(host, port, block, folder)
-        _start_ray(folder, metrics_port)
+        start_ray(
+            folder,
+            namespace="serve",
+            runtime_env={"worker_process_setup_hook": "deployments.local_ray.listen_on_loopback"},
+            _metrics_export_port=metrics_port,
+        )
         yield
     finally:
         _stop("")

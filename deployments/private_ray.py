@@ -1,0 +1,56 @@
+"""A Ray of one command's own: on loopback alone, with its files in a private folder that goes when the command ends."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from deployments.guardian import MARK
+
+LOOPBACK = "127.0.0.1"
+OBJECT_STORE_BYTES = 512 * 2**20  # Ray's default of 30% is memory that models need
+
+
+def make_folder() -> Path:
+    """The instance's private folder. Its path is short: a Unix socket's may have 107 bytes, a node id takes 56 of them."""
+    base = tempfile.gettempdir()
+    return Path(tempfile.mkdtemp(prefix="cf-", dir=base if len(base) <= 16 else "/tmp")).resolve()
+
+
+def set_environment(folder: Path, more: Mapping[str, str] | None = None) -> None:
+    """Set what Ray reads when it is imported, together with `more`. A variable that the user set already wins."""
+    os.environ[MARK] = str(folder)  # how the guardian knows this instance's processes
+    values = {
+        "RAY_USAGE_STATS_ENABLED": "0",  # Ray sends usage statistics to its makers unless told not to
+        # Ray takes a loopback address of its node only with its support for clusters off (as it is on macOS); with any other
+        # address all its parts listen on all interfaces.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_AUTH_MODE": "token",  # Ray's default here (~/.ray/auth_token), set so that it does not announce it on stderr
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # under `uv run` Ray would build an environment anew for each worker
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray announces as its coming default
+        **(more or {}),
+    }
+    for name, value in values.items():
+        os.environ.setdefault(name, value)
+
+
+def start_ray(folder: Path, **options: Any) -> None:
+    """Start a Ray in `folder`, with further options of ray.init. What it runs logs to files: the terminal is the command's."""
+    import ray
+    import ray._private.worker
+
+    # Ray prints its own words about failed tasks and placement to our terminal, whatever log_to_driver says.
+    ray._private.worker.print_to_stdstream = lambda *_, **__: None
+    ray.init(
+        address="local",  # without it Ray would join the last cluster that this machine started
+        include_dashboard=False,
+        configure_logging=False,
+        log_to_driver=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        _node_ip_address=LOOPBACK,
+        _temp_dir=str(folder),
+        **options,
+    )
