@@ -29,7 +29,7 @@ from clipfleet.errors import SetupError
 from clipfleet.settings import APPLICATION
 from deployments.guardian import start_guardian
 from deployments.haproxy_wrapper import haproxy_binary, haproxy_environment
-from deployments.private_ray import LOOPBACK, make_folder, set_environment, start_ray
+from deployments.private_ray import LOOPBACK, is_lost, leave_at_once, make_folder, set_environment, start_ray
 
 # An instance takes one block of 100. They lie below the kernel's range for outgoing connections.
 PORTS = range(20000, 32000, 100)
@@ -203,7 +203,7 @@ def _finish_requests(name: str) -> None:
 
 
 def _stop(name: str) -> None:
-    if "ray" not in sys.modules:
+    if "ray" not in sys.modules or is_lost():
         return
     import ray
 
@@ -296,8 +296,11 @@ def _own_ray(host: str, port: int, metrics_port: int) -> Iterator[None]:
         )
         yield
     finally:
+        lost = is_lost()
         _stop("")
         with suppress(KeyboardInterrupt):
             guardian.communicate(timeout=30)
         for socket_ in (*claims, claim):
             socket_.close()
+        if lost:
+            leave_at_once(sys.exc_info()[1])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from deployments.guardian import MARK
 
@@ -40,8 +42,17 @@ def set_environment(folder: Path, more: Mapping[str, str] | None = None) -> None
 def start_ray(folder: Path, **options: Any) -> None:
     """Start a Ray in `folder`, with further options of ray.init. What it runs logs to files: the terminal is the command's."""
     import ray
+    import ray._private.services as services
     import ray._private.worker
 
+    class Apart(services.ConsolePopen):
+        """Ray's processes in sessions of their own: `kill %1` in a shell, or the terminal's end, must reach the command
+        alone, which stops them in order. A Ray that loses its GCS first blocks its driver for a minute."""
+
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **{**options, "start_new_session": True})
+
+    services.ConsolePopen = Apart
     # Ray prints its own words about failed tasks and placement to our terminal, whatever log_to_driver says.
     ray._private.worker.print_to_stdstream = lambda *_, **__: None
     ray.init(
@@ -54,3 +65,29 @@ def start_ray(folder: Path, **options: Any) -> None:
         _temp_dir=str(folder),
         **options,
     )
+
+
+def is_lost() -> bool:
+    """Whether a part of our Ray has died, as when a signal went to all processes of a service unit.
+
+    Each call that needs Ray, ray.shutdown too, would then wait for a minute and end this process; so would its exit.
+    """
+    if "ray" not in sys.modules:
+        return False
+    import ray._private.worker
+
+    node = ray._private.worker._global_node
+    if node is None:
+        return False
+    time.sleep(0.3)  # for parts that got the signal together with us
+    return bool(node.dead_processes())
+
+
+def leave_at_once(error: BaseException | None) -> NoReturn:
+    """End this process without Python's exit, which would crash in the threads of a lost Ray. Ctrl-C and SIGTERM end well."""
+    stopped = error is None or isinstance(error, KeyboardInterrupt)
+    if not stopped:
+        print(f"clipfleet: {error}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0 if stopped else 1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ def main() -> None:
     out: Path = parser.parse_args().out
 
     out.mkdir(parents=True, exist_ok=True)
-    model = CLIPModel.from_pretrained(TINY).eval()
+    model: Any = CLIPModel.from_pretrained(TINY).eval()  # its methods' types allow for tuples that it never returns
     processor, tokenizer = CLIPImageProcessorPil.from_pretrained(TINY), CLIPTokenizer.from_pretrained(TINY)
     vectors = {}
     with torch.inference_mode():

@@ -96,7 +96,7 @@ def train_tokenizer(out: Path) -> CLIPTokenizer:
         trainers.BpeTrainer(vocab_size=1024, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False),
     )
     learned, merges = trained.model.save(str(out))
-    merge_rules = [tuple(line.split(" ")) for line in Path(merges).read_text().splitlines()[1:]]
+    merge_rules: Any = [tuple(line.split(" ")) for line in Path(merges).read_text().splitlines()[1:]]
     words = json.loads(Path(learned).read_text())
     Path(learned).unlink()
     Path(merges).unlink()
