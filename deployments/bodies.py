@@ -46,7 +46,11 @@ class Body:
         except MultiPartException as error:
             if error.message.startswith("Too many files"):
                 limit = self._limits.images_per_request
-                raise TooManyItems(f"the request has more than {limit} images, the limit", limit=limit) from None
+                raise TooManyItems(
+                    f"the request has more than {limit} images, the limit; send them in several requests",
+                    limit=limit,
+                    param="files",
+                ) from None
             raise InvalidRequest(f"the multipart body is malformed: {error.message}") from None
         except (KeyError, ValueError) as error:
             raise InvalidRequest(f"the multipart body is malformed: {error}") from None

@@ -20,7 +20,6 @@ from starlette.types import ASGIApp
 from clipfleet.errors import (
     ClipfleetError,
     DeadlineExceeded,
-    EmptyInput,
     InvalidRequest,
     ModelNotFound,
     ServiceError,
@@ -101,13 +100,14 @@ class Ingress:
             model = self._check_model(wanted.model)
             if wanted.dimensions not in (None, model["dimension"]):
                 raise UnsupportedDimensions(
-                    f"{model['id']} has {model['dimension']} dimensions; leave `dimensions` out or send that number",
+                    f"{wanted.dimensions} dimensions were asked for, {model['id']} has {model['dimension']}; "
+                    "send that number or leave `dimensions` out",
                     param="dimensions",
                 )
             if wanted.dtype == "float16" and wanted.encoding_format == "float":
                 raise InvalidRequest("dtype float16 needs encoding_format base64", param="dtype")
             items = wanted.input if isinstance(wanted.input, list) else [wanted.input]
-            inputs = read_items(items, wanted.modality, self._limits)
+            inputs = read_items(items, wanted.modality, self._limits, "input")
             return await self._answer(inputs, wanted, deadline, "input", npy=False)
 
     async def image_embeddings(
@@ -134,7 +134,7 @@ class Ingress:
                 images = [await self._read(body.read(), deadline)]
             else:
                 raise InvalidRequest("Content-Type must be image/*, application/octet-stream or multipart/form-data")
-            check_counts(len(images), 0, self._limits)
+            check_counts(len(images), 0, self._limits, "files")
             return await self._answer(list[Input](images), options, deadline, "files", npy=npy)
 
     async def rank(self, request: Request) -> Response:
@@ -145,11 +145,9 @@ class Ingress:
             wanted = parse_json(body, schemas.RankRequest)
             del body
             model = self._check_model(wanted.model)
-            if not wanted.candidates:
-                raise EmptyInput("there are no candidates to rank", param="candidates")
             inputs = [
-                *read_items([wanted.query], "text", self._limits),
-                *read_items(wanted.candidates, "text", self._limits),
+                *read_items([wanted.query], "text", self._limits, "query"),
+                *read_items(wanted.candidates, "text", self._limits, "candidates"),
             ]
             outcomes = await self._embed(inputs, deadline)
         for number, outcome in enumerate(outcomes):

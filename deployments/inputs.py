@@ -26,19 +26,22 @@ _SCHEME = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]*):")
 _WHITESPACE = re.compile(r"\s+")
 
 
-def read_items(items: Sequence[Item], modality: Modality, limits: LimitSettings) -> list[Input]:
-    """Turn a request's items into inputs, in order. Raises TooManyItems; an item's own error takes its place."""
+def read_items(items: Sequence[Item], modality: Modality, limits: LimitSettings, param: str) -> list[Input]:
+    """Turn the items of the request's field `param` into inputs, in order; an item's own error takes its place.
+
+    Raises EmptyInput or TooManyItems.
+    """
     kinds = [
         modality if isinstance(item, str) else "image" if isinstance(item, ImageItem) else "text" for item in items
     ]
-    check_counts(kinds.count("image"), kinds.count("text"), limits)
+    check_counts(kinds.count("image"), kinds.count("text"), limits, param)
     return [_read_item(item, kind, limits) for item, kind in zip(items, kinds, strict=True)]
 
 
-def check_counts(images: int, texts: int, limits: LimitSettings) -> None:
+def check_counts(images: int, texts: int, limits: LimitSettings, param: str) -> None:
     """Raise EmptyInput or TooManyItems."""
     if images + texts == 0:
-        raise EmptyInput("the input is empty; send at least one item", param="input")
+        raise EmptyInput(f"{param} is empty; send at least one item", param=param)
     for count, limit, what in (
         (images, limits.images_per_request, "images"),
         (texts, limits.texts_per_request, "texts"),
@@ -48,6 +51,7 @@ def check_counts(images: int, texts: int, limits: LimitSettings) -> None:
                 f"the request has {count:,} {what}; the limit is {limit:,}. Send them in several requests",
                 count=count,
                 limit=limit,
+                param=param,
             )
 
 

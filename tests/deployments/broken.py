@@ -16,9 +16,14 @@ class Broken(NamedTuple):
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size, and nothing behind its header."""
-    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    """A PNG that claims a size, with next to no pixels behind its header."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", zlib.compress(bytes(100)))
+
+
+def _chunk(kind: bytes, content: bytes) -> bytes:
+    checksum = struct.pack(">I", zlib.crc32(kind + content))
+    return struct.pack(">I", len(content)) + kind + content + checksum
 
 
 _JPEG = encode(picture("RGB", 300, 200), "JPEG")
@@ -35,6 +40,6 @@ BROKEN = {
     "SVG": Broken(b'<svg xmlns="http://www.w3.org/2000/svg"/>', 415, "image_format_unsupported"),
     "PDF": Broken(b"%PDF-1.7\n", 415, "image_format_unsupported"),
     "3.6 gigapixels": Broken(png_header(60_000, 60_000), 413, "image_too_many_pixels"),
-    "a strip": Broken(encode(picture("1", 60_000, 1), "PNG"), 413, "image_too_many_pixels"),
+    "a strip": Broken(encode(picture("1", 1, 60_000), "PNG"), 413, "image_too_many_pixels"),
     "over 20 MiB": Broken(_PNG + bytes(20 * 2**20), 413, "image_too_many_bytes"),
 }
