@@ -43,6 +43,7 @@ def start_ray(folder: Path, **options: Any) -> None:
     """Start a Ray in `folder`, with further options of ray.init. What it runs logs to files: the terminal is the command's."""
     import ray
     import ray._private.services as services
+    import ray._private.utils
     import ray._private.worker
 
     class Apart(services.ConsolePopen):
@@ -53,6 +54,7 @@ def start_ray(folder: Path, **options: Any) -> None:
             super().__init__(*arguments, **{**options, "start_new_session": True})
 
     services.ConsolePopen = Apart
+    ray._private.utils.set_sigterm_handler = lambda _: None  # the command's own handler stops Ray in order
     # Ray prints its own words about failed tasks and placement to our terminal, whatever log_to_driver says.
     ray._private.worker.print_to_stdstream = lambda *_, **__: None
     ray.init(

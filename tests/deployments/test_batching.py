@@ -1,0 +1,133 @@
+"""Batches are full under load and a lone request does not wait, with a model large enough to be the bottleneck."""
+
+from __future__ import annotations
+
+import io
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from skimage import data as photographs
+from transformers import CLIPImageProcessorPil, CLIPModel
+
+from scripts.draw_shapes import draw
+from tests.deployments.processes import until
+from tests.deployments.service import ROOT, Service, serving
+from tests.pictures import encode
+
+LARGEST = 8
+CLIENTS = 16
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ViT-B/32 of full size with random weights."""
+    folder = tmp_path_factory.mktemp("full-size") / "random-clip"
+    subprocess.run([sys.executable, ROOT / "scripts" / "make_random_clip.py", folder], check=True, timeout=300)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def full_size(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    config = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
+    config["applications"][0]["args"].pop("threads_per_replica")
+    for deployment in config["applications"][0]["deployments"]:
+        if deployment["name"] == "ImageEncoder":
+            deployment["user_config"] = {"max_batch_size": LARGEST}
+    file = tmp_path_factory.mktemp("config") / "full-size.yaml"
+    file.write_text(yaml.safe_dump(config))
+    with serving(file, "--model", checkpoint) as service:
+        yield service
+
+
+class Recorded:
+    """What the exported metrics gained since the last look at them."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._before = self._read()
+
+    def _read(self) -> dict[str, float]:
+        kinds = {
+            "batches": "clipfleet_batch_size_count",
+            "items": "clipfleet_batch_size_sum",
+            "waited": "clipfleet_queue_wait_seconds_sum",
+            "waits": "clipfleet_queue_wait_seconds_count",
+            "forward": "clipfleet_forward_seconds_sum",
+            "counted": "clipfleet_items_total",
+        }
+        return {name: self._service.total(f"ray_{metric}", tower="image") for name, metric in kinds.items()}
+
+    def gained(self, items: int) -> dict[str, float]:
+        """The gain, once `items` images have arrived in all of it (Ray exports every 2 s)."""
+        found: dict[str, float] = {}
+
+        def arrived() -> bool:
+            found.update({name: value - self._before[name] for name, value in self._read().items()})
+            return min(found["items"], found["waits"], found["counted"]) >= items
+
+        until(arrived, 60, f"{items} images in the metrics")
+        assert found["items"] == found["waits"] == found["counted"] == items
+        self._before = self._read()
+        return found
+
+
+def pictures() -> Iterator[bytes]:
+    rng = random.Random(32)
+    while True:
+        yield encode(draw(rng).image, "JPEG")
+
+
+def post(service: Service, body: bytes) -> np.ndarray:
+    with service.client(headers={"Content-Type": "image/jpeg", "Accept": "application/x-npy"}) as http:
+        answer = http.post("/v1/embeddings/images", content=body)
+    assert answer.status_code == 200, answer.text
+    return np.load(io.BytesIO(answer.content))[0]
+
+
+def test_lone_requests_are_batches_of_one_and_do_not_wait(full_size: Service) -> None:
+    recorded = Recorded(full_size)
+    for _, body in zip(range(8), pictures(), strict=False):
+        post(full_size, body)
+    gained = recorded.gained(8)
+    assert gained["batches"] == 8
+    assert gained["waited"] < gained["forward"]
+
+
+def test_under_load_batches_fill(full_size: Service) -> None:
+    recorded = Recorded(full_size)
+    bodies = [body for _, body in zip(range(128), pictures(), strict=False)]
+    with ThreadPoolExecutor(CLIENTS) as clients:
+        vectors = list(clients.map(lambda body: post(full_size, body), bodies))
+    assert len({vector.tobytes() for vector in vectors}) == 128
+    gained = recorded.gained(128)
+    assert gained["items"] / gained["batches"] >= 4
+
+
+def test_photographs_agree_with_transformers(full_size: Service, checkpoint: Path) -> None:
+    model = CLIPModel.from_pretrained(checkpoint).eval()
+    processor = CLIPImageProcessorPil.from_pretrained(checkpoint)
+    for name in ("astronaut", "chelsea", "coffee", "rocket"):
+        photograph = Image.fromarray(getattr(photographs, name)())
+        with torch.inference_mode():
+            reference = model.get_image_features(**processor(photograph, return_tensors="pt")).pooler_output[0]
+        reference /= reference.norm()
+        found = post(full_size, encode(photograph, "PNG"))
+        assert found.shape == (512,) and np.abs(found - reference.numpy()).max() <= 1e-5
+
+
+def test_one_requests_images_share_batches(full_size: Service) -> None:
+    recorded = Recorded(full_size)
+    files = [("files", (f"{number}.jpg", body)) for number, body in zip(count(), [next(pictures())] * 16, strict=False)]
+    with full_size.client() as http:
+        assert http.post("/v1/embeddings/images", files=files).status_code == 200
+    assert recorded.gained(16)["batches"] < 8
