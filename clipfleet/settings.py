@@ -86,7 +86,7 @@ class BatchSettings(Settings):
     batch_wait_timeout_s: Seconds = 0.0
 
 
-def parse(kind: type[Settings], values: dict[str, Any] | None, where: str) -> Any:
+def parse(kind: type[BaseModel], values: dict[str, Any] | None, where: str) -> Any:
     """Validate settings, or raise a SettingsError with one line a problem."""
     try:
         return kind.model_validate(values or {})
@@ -127,36 +127,50 @@ def check_batching(
         )
 
 
-# What Serve takes where a file is silent (ray 2.60: DeploymentConfig, AutoscalingConfig).
-_SERVE_MAX_ONGOING, _SERVE_TARGET_ONGOING = 5, 2.0
+class AutoscalingSettings(BaseModel):
+    """What is checked of an `autoscaling_config`; Serve checks the rest. The defaults are Serve's (ray 2.60)."""
+
+    min_replicas: Annotated[int, Field(ge=0)] = 1
+    max_replicas: Count = 1
+    target_ongoing_requests: Annotated[float, Field(gt=0)] = 2.0
 
 
-def check_deployment(name: str, options: dict[str, Any]) -> None:
-    """Check one entry of `deployments:`; numbers that it does not give are the ones of deployments/graph.py."""
-    autoscaling = options.get("autoscaling_config")
-    automatic = options.get("num_replicas") == "auto"
-    ceiling = options.get("max_ongoing_requests", DEFAULT_MAX_ONGOING.get(name, _SERVE_MAX_ONGOING))
-    target = None
-    if autoscaling is not None or automatic:
-        target = (autoscaling or {}).get("target_ongoing_requests", _SERVE_TARGET_ONGOING)
-        if target > ceiling:
-            raise SettingsError(
-                f"{name}: target_ongoing_requests {target:g} is above max_ongoing_requests {ceiling}, so "
-                "replicas are never added. Lower the first or raise the second"
-            )
-    if autoscaling is not None and autoscaling.get("min_replicas", 1) > autoscaling.get("max_replicas", 1):
+class DeploymentSettings(BaseModel):
+    """What is checked of an entry of `deployments:`; Serve checks the rest."""
+
+    name: Literal["Ingress", "ImageDecoder", "ImageEncoder", "TextEncoder"]
+    num_replicas: Annotated[int, Field(ge=0)] | Literal["auto"] | None = None
+    max_ongoing_requests: Count | None = None
+    autoscaling_config: AutoscalingSettings | None = None
+    ray_actor_options: dict[str, Any] | None = None
+    user_config: dict[str, Any] | None = None
+
+
+def check_deployment(entry: Any) -> str:
+    """Check one entry of `deployments:` and return its name; what it does not give is as deployments/graph.py has it."""
+    name = entry.get("name") if isinstance(entry, dict) else entry
+    if name not in DEPLOYMENTS:
+        raise SettingsError(f"there is no deployment {name!r}; the graph has {', '.join(DEPLOYMENTS)}")
+    options = parse(DeploymentSettings, entry, name)
+    scaling = options.autoscaling_config or (AutoscalingSettings() if options.num_replicas == "auto" else None)
+    ceiling = options.max_ongoing_requests or DEFAULT_MAX_ONGOING[name]
+    target = scaling.target_ongoing_requests if scaling else None
+    if target is not None and target > ceiling:
         raise SettingsError(
-            f"{name}: min_replicas {autoscaling.get('min_replicas', 1)} is above max_replicas "
-            f"{autoscaling.get('max_replicas', 1)}"
+            f"{name}: target_ongoing_requests {target:g} is above max_ongoing_requests {ceiling}, so "
+            "replicas are never added. Lower the first or raise the second"
         )
+    if (given := options.autoscaling_config) and given.min_replicas > given.max_replicas:
+        raise SettingsError(f"{name}: min_replicas {given.min_replicas} is above max_replicas {given.max_replicas}")
     if name in ENCODERS:
-        batch = parse(BatchSettings, options.get("user_config"), f"deployments.{name}.user_config")
+        batch = parse(BatchSettings, options.user_config, f"{name}.user_config")
         check_batching(name, batch, ceiling, target)
-        if options.get("ray_actor_options"):
+        if options.ray_actor_options:
             raise SettingsError(
                 f"{name}: ray_actor_options would replace what args set; use args.gpus_per_replica and "
                 "args.cpus_per_replica instead"
             )
+    return name
 
 
 DEFAULT_MAX_ONGOING = {"Ingress": 10_000, "ImageDecoder": 64, "ImageEncoder": 256, "TextEncoder": 256}
@@ -207,13 +221,9 @@ def check_config(config: Any, source: str) -> None:
     if ours[0].get("import_path") != IMPORT_PATH:
         raise SettingsError(f"config {source!r}: import_path must be {IMPORT_PATH!r}")
     service_settings(ours[0].get("args") or {})
-    for options in ours[0].get("deployments") or []:
-        name = options.get("name") if isinstance(options, dict) else options
-        if name not in DEPLOYMENTS:
-            raise SettingsError(
-                f"config {source!r}: there is no deployment {name!r}; the graph has {', '.join(DEPLOYMENTS)}"
-            )
-        check_deployment(name, options)
-    listed = {options["name"] for options in ours[0].get("deployments") or []}
-    for name in set(ENCODERS) - listed:
-        check_deployment(name, {})
+    try:
+        listed = {check_deployment(entry) for entry in ours[0].get("deployments") or []}
+        for name in set(ENCODERS) - listed:
+            check_deployment({"name": name})
+    except SettingsError as error:
+        raise SettingsError(f"config {source!r}: {error.message}") from None

@@ -11,38 +11,54 @@ from clipfleet.errors import Overloaded
 from clipfleet.settings import LimitSettings
 
 _WINDOW_S = 5.0
+_SATURATED = 64  # items: with as many in flight all the time, batches are full and the rate is all that there is
 
 
-class Rate:
-    """Items finished a second, over the last seconds in which there was work."""
+class Lane:
+    """Items of one kind in flight, and how fast they are finished while there are plenty.
+
+    Without a backlog the rate of answers is that of the questions, and says nothing of what could be done.
+    """
 
     def __init__(self) -> None:
-        self._done: deque[tuple[float, int]] = deque()
+        self.items = 0
+        self._finished: deque[tuple[float, int]] | None = None  # since the backlog began; None without one
 
-    def add(self, items: int) -> None:
-        """Count items that finished just now."""
+    def change(self, items: int, finished: int = 0) -> None:
+        """Take on `items`, or, if below 0, let them go, of which `finished` were done."""
+        self.items += items
         now = time.monotonic()
-        self._done.append((now, items))
-        while self._done and self._done[0][0] < now - _WINDOW_S:
-            self._done.popleft()
+        if self.items - items < _SATURATED and self.items < _SATURATED:
+            self._finished = None
+            return
+        if self._finished is None:
+            self._finished = deque([(now, 0)])
+        self._finished.append((now, finished))
+        while self._finished[1][0] < now - _WINDOW_S:
+            self._finished.popleft()
+        if self.items < _SATURATED:
+            self._finished = None
 
     def seconds_for(self, items: int) -> float | None:
-        """How long `items` will take at this rate; None where too little is known."""
-        if len(self._done) < 8:
+        """How long `items` more take, after those in flight, at the present rate; None where that is not known."""
+        if self._finished is None:
             return None
-        span = time.monotonic() - self._done[0][0]
-        finished = sum(count for _, count in self._done)
-        return items * span / finished if span > 1 else None
+        since = self._finished[0][0]
+        finished = sum(count for at, count in self._finished if at > since)
+        span = time.monotonic() - since
+        return (self.items + items) * span / finished if span > 1 and finished else None
 
 
 class Admission:
-    """Counts what is in flight in one ingress replica, and refuses what would pass a limit."""
+    """Counts what is in flight in one ingress replica, and refuses what would pass a limit.
+
+    Texts and images are counted apart, because a text never waits behind images: neither may a text be refused for them.
+    """
 
     def __init__(self, limits: LimitSettings) -> None:
         self._limits = limits
-        self.items = 0
         self.bytes = 0
-        self._rate = Rate()
+        self.lanes = {"images": Lane(), "texts": Lane()}
 
     @contextmanager
     def hold_bytes(self, size: int) -> Iterator[None]:
@@ -59,23 +75,32 @@ class Admission:
             self.bytes -= size
 
     @contextmanager
-    def hold_items(self, count: int, seconds: float) -> Iterator[None]:
+    def hold_items(self, images: int, texts: int, seconds: float) -> Iterator[None]:
         """Hold a request's items for as long as they are worked on; it has `seconds` left. Raises Overloaded."""
-        if self.items and self.items + count > self._limits.inflight_items:
-            raise Overloaded(
-                f"{self.items:,} items are in flight; the limit is {self._limits.inflight_items:,}",
-                retry_after=self._rate.seconds_for(self.items) or 1,
-            )
-        needed = self._rate.seconds_for(self.items + count) if self.items else None
-        if needed is not None and needed > seconds:
-            raise Overloaded(
-                f"{self.items:,} items are in flight and take {needed:.0f} s at the present rate; "
-                f"the request has {seconds:.0f} s left",
-                retry_after=needed - seconds,
-            )
-        self.items += count
+        wanted = [(what, count) for what, count in (("images", images), ("texts", texts)) if count]
+        for what, count in wanted:
+            self._check(what, count, seconds)
+        for what, count in wanted:
+            self.lanes[what].change(count)
+        done = False
         try:
             yield
-            self._rate.add(count)
+            done = True
         finally:
-            self.items -= count
+            for what, count in wanted:
+                self.lanes[what].change(-count, finished=count if done else 0)
+
+    def _check(self, what: str, count: int, seconds: float) -> None:
+        lane = self.lanes[what]
+        needed = lane.seconds_for(count)
+        if lane.items and lane.items + count > self._limits.inflight_items:
+            raise Overloaded(
+                f"{lane.items:,} {what} are in flight; the limit is {self._limits.inflight_items:,}",
+                retry_after=lane.seconds_for(0) or 1,
+            )
+        if needed is not None and needed > seconds:
+            raise Overloaded(
+                f"{lane.items:,} {what} are in flight; with these {count:,} they take {needed:.0f} s at the present rate, "
+                f"and the request has {seconds:.0f} s left",
+                retry_after=needed - seconds,
+            )

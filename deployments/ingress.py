@@ -213,7 +213,9 @@ class Ingress:
             raise DeadlineExceeded("the deadline passed before the whole request had arrived") from None
 
     async def _embed(self, inputs: Sequence[Input], deadline: float) -> list[Outcome]:
-        with self._admission.hold_items(len(inputs), seconds_left(deadline)):
+        images = sum(isinstance(item, bytes) for item in inputs)
+        texts = sum(isinstance(item, str) for item in inputs)
+        with self._admission.hold_items(images, texts, seconds_left(deadline)):
             try:
                 async with asyncio.timeout(seconds_left(deadline)):
                     outcomes = await self._pipeline.embed(inputs, deadline)

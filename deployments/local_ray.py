@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipfleet.errors import SetupError
+from clipfleet.errors import SettingsError, SetupError
 from clipfleet.settings import APPLICATION
 from deployments.guardian import start_guardian
 from deployments.haproxy_wrapper import haproxy_binary, haproxy_environment
@@ -121,14 +121,39 @@ def listen_on_loopback() -> None:
     tls.add_port_to_grpc_server = lambda server, address: add_port(server, address.replace("[::]", LOOPBACK))
 
 
-def _deploy(config: dict[str, Any], host: str, port: int) -> Any:
+def _schema(config: dict[str, Any]) -> Any:
+    """The config as Serve's own type, which checks what clipfleet.settings leaves to it. Raises SettingsError."""
+    from pydantic import ValidationError
+    from ray.serve.config import AutoscalingConfig
+    from ray.serve.schema import DeploymentSchema, ServeApplicationSchema, ServeDeploySchema
+
+    _refuse_unknown(config, ServeDeploySchema, "")  # Serve passes over what it does not know, a slip of the pen too
+    for application in config["applications"]:
+        _refuse_unknown(application, ServeApplicationSchema, "")
+        for deployment in application.get("deployments") or []:
+            where = f"{deployment.get('name')}."
+            _refuse_unknown(deployment, DeploymentSchema, where)
+            _refuse_unknown(deployment.get("autoscaling_config"), AutoscalingConfig, f"{where}autoscaling_config.")
+    try:
+        return ServeDeploySchema.model_validate(config)
+    except ValidationError as error:
+        problems = (f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors())
+        raise SettingsError("; ".join(problems)) from None
+
+
+def _refuse_unknown(values: Any, kind: Any, where: str) -> None:
+    for name in set(values if isinstance(values, dict) else ()) - set(kind.model_fields):
+        raise SettingsError(
+            f"{where}{name}: there is no such setting; there are {', '.join(sorted(kind.model_fields))}"
+        )
+
+
+def _deploy(schema: Any, options: dict[str, Any], host: str, port: int) -> Any:
     from ray.serve._private.api import serve_start
-    from ray.serve.schema import ServeDeploySchema
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     behind_haproxy = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
-    schema = ServeDeploySchema.model_validate(config)
-    options = {**config.get("http_options", {}), "host": LOOPBACK if behind_haproxy else host, "port": port}
+    options = {**options, "host": LOOPBACK if behind_haproxy else host, "port": port}
     client = serve_start(http_options=options, proxy_location="HeadOnly", global_logging_config=schema.logging_config)
     client.deploy_apps(_with_others(client, schema))
     return client
@@ -250,16 +275,17 @@ def local_service(
     """Run the application of a Ray Serve config file (as a dict) and yield once all its deployments run.
 
     `address` (or RAY_ADDRESS) names a running Ray: the application is added to that, and nothing else is started or stopped.
-    Call it in the main thread before ray is imported. Raises SetupError for a taken port, an application that fails (with its
-    own error's line) and replicas that find no room in 60 s; KeyboardInterrupt for Ctrl-C or SIGTERM during the start.
+    Call it in the main thread before ray is imported. Raises SettingsError for a wrong config; SetupError for a taken port,
+    an application that fails (with its own error's line) and replicas that find no room in 60 s; KeyboardInterrupt for Ctrl-C
+    or SIGTERM during the start.
     """
     name = APPLICATION
     service = Service(host, port, metrics_port, name)
     address = address or os.environ.get("RAY_ADDRESS")
-    with _connected(address) if address else _own_ray(host, port, metrics_port):
+    with _connected(address) if address else _own_ray(config, host, port, metrics_port):
         try:
             _listen_to_signals()  # ray.init has set a handler of its own
-            _wait_until_running(_deploy(config, host, port), name)
+            _wait_until_running(_deploy(_schema(config), config.get("http_options") or {}, host, port), name)
             yield service
         finally:
             _stop(name)
@@ -271,16 +297,14 @@ def _connected(address: str) -> Iterator[None]:
 
     try:
         ray.init(address=address, namespace="serve", log_to_driver=False)
-    except (
-        ConnectionError,
-        RuntimeError,
-    ) as error:  # the cause lies deeper: a wrong address, or the cluster's RAY_AUTH_MODE
+    except (ConnectionError, RuntimeError) as error:
+        # The cause lies deeper: a wrong address, or the cluster's RAY_AUTH_MODE.
         raise SetupError(f"cannot connect to the Ray at {address}: {cause(str(error.__context__ or error))}") from None
     yield
 
 
 @contextmanager
-def _own_ray(host: str, port: int, metrics_port: int) -> Iterator[None]:
+def _own_ray(config: dict[str, Any], host: str, port: int, metrics_port: int) -> Iterator[None]:
     claims = [claim_port(host, port, "--port"), claim_port(LOOPBACK, metrics_port, "--metrics-port")]
     claim, block = claim_block()
     folder = make_folder()
@@ -288,6 +312,7 @@ def _own_ray(host: str, port: int, metrics_port: int) -> Iterator[None]:
     try:
         _listen_to_signals()
         prepare_environment(host, port, block, folder)
+        _schema(config)  # a mistake shows before Ray starts
         start_ray(
             folder,
             namespace="serve",

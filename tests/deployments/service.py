@@ -67,10 +67,13 @@ class Command:
         """Wait until a line of stdout or stderr holds `text`."""
         deadline = time.monotonic() + seconds
         while text not in self.out and text not in self.err:
-            ended = self._process.poll() is not None
-            assert not ended, f"ended with {self._process.returncode} before {text!r}:\n{self.out}\n{self.err}"
+            assert not self.ended, f"ended with {self._process.returncode} before {text!r}:\n{self.out}\n{self.err}"
             assert time.monotonic() < deadline, f"no {text!r} in {seconds} s:\n{self.out}\n{self.err}"
             time.sleep(0.05)
+
+    @property
+    def ended(self) -> bool:
+        return self._process.poll() is not None
 
     def below(self) -> list[Process]:
         return below(self.pid)
@@ -108,6 +111,14 @@ def running(*arguments: str | Path, folder: Path, **variables: Any) -> Iterator[
         command.close()
 
 
+def total(url: str, name: str, **labels: str) -> float:
+    """The sum of a metric's samples at `url` that carry all of `labels`; 0.0 where there is none yet."""
+    text = httpx.get(f"{url}/metrics", timeout=30, trust_env=False).text
+    samples = [line.rsplit(" ", 1) for line in text.splitlines() if line.partition("{")[0] == name]
+    wanted = [f'{label}="{value}"' for label, value in labels.items()]
+    return sum(float(value) for sample, value in samples if all(label in sample for label in wanted))
+
+
 @dataclass(frozen=True)
 class Service:
     """A running service."""
@@ -131,11 +142,8 @@ class Service:
         return httpx.Client(base_url=self.url, timeout=60, trust_env=False, **options)
 
     def total(self, name: str, **labels: str) -> float:
-        """The sum of an exported metric's samples that carry all of `labels`; 0.0 where there is none yet."""
-        text = httpx.get(f"{self.metrics_url}/metrics", timeout=30, trust_env=False).text
-        samples = [line.rsplit(" ", 1) for line in text.splitlines() if line.partition("{")[0] == name]
-        wanted = [f'{label}="{value}"' for label, value in labels.items()]
-        return sum(float(value) for sample, value in samples if all(label in sample for label in wanted))
+        """As the function `total`, of this service."""
+        return total(self.metrics_url, name, **labels)
 
 
 def free_ports(count: int) -> list[int]:

@@ -13,23 +13,23 @@ from deployments.responses import error_response
 
 def test_items_over_the_limit_are_refused_until_others_are_done() -> None:
     held = Admission(LimitSettings(inflight_items=10))
-    with held.hold_items(8, 30):
+    with held.hold_items(8, 0, 30):
         with (
-            pytest.raises(Overloaded, match=r"8 items are in flight; the limit is 10") as refused,
-            held.hold_items(3, 30),
+            pytest.raises(Overloaded, match=r"8 images are in flight; the limit is 10") as refused,
+            held.hold_items(3, 0, 30),
         ):
             pass
-        with held.hold_items(2, 30):
-            assert held.items == 10
-    assert held.items == 0
+        with held.hold_items(2, 10, 30):
+            assert [lane.items for lane in held.lanes.values()] == [10, 10]
+    assert [lane.items for lane in held.lanes.values()] == [0, 0]
     answer = error_response(refused.value)
     assert answer.status_code == 429 and int(answer.headers["Retry-After"]) >= 1
 
 
 def test_one_request_over_the_limit_gets_its_turn_alone() -> None:
     held = Admission(LimitSettings(inflight_items=10, inflight_bytes=100))
-    with held.hold_items(11, 30), held.hold_bytes(101):
-        assert (held.items, held.bytes) == (11, 101)
+    with held.hold_items(0, 11, 30), held.hold_bytes(101):
+        assert (held.lanes["texts"].items, held.bytes) == (11, 101)
 
 
 def test_bytes_over_the_limit_are_refused() -> None:
@@ -44,20 +44,37 @@ def test_bytes_over_the_limit_are_refused() -> None:
 
 def test_a_failed_request_gives_back_what_it_held() -> None:
     held = Admission(LimitSettings())
-    with pytest.raises(ValueError, match="failed"), held.hold_items(5, 30), held.hold_bytes(5):
+    with pytest.raises(ValueError, match="failed"), held.hold_items(5, 5, 30), held.hold_bytes(5):
         raise ValueError("failed")
-    assert (held.items, held.bytes) == (0, 0)
+    assert (held.lanes["images"].items, held.lanes["texts"].items, held.bytes) == (0, 0, 0)
+
+
+class Clock:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(admission.time, "monotonic", lambda: self.now)
 
 
 def test_what_cannot_be_done_in_time_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = 1000.0
-    monkeypatch.setattr(admission.time, "monotonic", lambda: clock)
+    clock = Clock(monkeypatch)
     held = Admission(LimitSettings())
-    for _ in range(10):  # two items a second
-        with held.hold_items(1, 30):
-            clock += 0.5
-    with held.hold_items(50, 30):
-        with pytest.raises(Overloaded, match=r"take 3\d s at the present rate; the request has 30 s left"):
-            held.hold_items(20, 30).__enter__()
-        with held.hold_items(5, 30):
+    with held.hold_items(80, 0, 30):  # a backlog, of which others' four images a second are done
+        for _ in range(20):
+            with held.hold_items(1, 0, 30):
+                clock.now += 0.25
+        with pytest.raises(Overloaded, match=r"80 images are in flight; with these 64 they take 3\d s") as refused:
+            held.hold_items(64, 0, 30).__enter__()
+        assert 1 <= refused.value.data["retry_after"] <= 10
+        with held.hold_items(20, 0, 30), held.hold_items(0, 2048, 0.5):  # in time; texts do not wait for images
             pass
+
+
+def test_few_in_flight_say_nothing_of_what_can_be_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    held = Admission(LimitSettings())
+    for _ in range(20):  # one client that asks once in five seconds
+        clock.now += 5
+        with held.hold_items(1, 0, 30):
+            clock.now += 0.1
+    with held.hold_items(60, 0, 30), held.hold_items(1000, 0, 1):
+        clock.now += 1

@@ -54,6 +54,11 @@ def test_settings_that_contradict_each_other(tmp_path: Path) -> None:
     assert "max_ongoing_requests 16" in line and "max_batch_size 32" in line
 
 
+def test_a_setting_that_serve_does_not_know(tmp_path: Path) -> None:
+    line = refused(changed(tmp_path, num_replica=2))
+    assert "num_replica" in line
+
+
 def test_a_config_file_that_is_not_there() -> None:
     line = refused("nothing.yaml")
     assert "'nothing.yaml'" in line and "demo" in line
