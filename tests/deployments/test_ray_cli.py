@@ -48,10 +48,12 @@ class Cluster:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     with private_folder() as folder:
-        port, dashboard, metrics, client = free_ports(4)
+        (folder / "run").mkdir()  # TMPDIR of commands that join the cluster, and of none that belong to it
+        port, dashboard, metrics, client, agent = free_ports(5)
         command = [
             BIN / "ray", "start", "--head", "--port", str(port), "--dashboard-port", str(dashboard),
-            "--metrics-export-port", str(metrics), "--ray-client-server-port", str(client),
+            "--metrics-export-port", str(metrics), "--dashboard-agent-listen-port", str(agent),
+            "--min-worker-port", "0", "--max-worker-port", "0", "--ray-client-server-port", str(client),
             "--temp-dir", folder / "ray", "--num-cpus", "2", "--object-store-memory", str(256 * 2**20),
             "--disable-usage-stats", "--include-dashboard", "true",
         ]  # fmt: skip
@@ -59,13 +61,15 @@ def cluster() -> Iterator[Cluster]:
             with running(*command, folder=folder, **QUICK) as started:
                 # Its daemons hold the pipes open, so its end alone is waited for, not theirs.
                 until(lambda: started.ended, SECONDS, "ray start")
+                assert "Ray runtime started" in started.out, started.err
                 yield Cluster(
                     folder, f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", f"http://127.0.0.1:{metrics}"
                 )
         finally:
             end_all(folder)
             until(lambda: not of_folder(folder), 30, "an end of the cluster")
-            shutil.rmtree(folder / "ray", ignore_errors=True)
+            for left in folder.iterdir():  # what killed processes cannot remove themselves
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def config(tmp_path: Path, port: int, **encoder: Any) -> Path:
