@@ -51,7 +51,7 @@ class DecodeProcess:
         connection.send(source)
         reply: Reply = _receive(connection, self.timeout_s)
         if not isinstance(reply, str):
-            connection.recv_bytes_into(memoryview(pixels).cast("B"))
+            connection.recv_bytes_into(pixels.data.cast("B"))
         return reply
 
     def _start(self) -> Connection:
@@ -100,7 +100,7 @@ def serve(descriptor: int) -> None:
             pixels, reply = _decode(connection.recv(), spec)
             connection.send(reply)
             if pixels is not None:
-                connection.send_bytes(memoryview(pixels).cast("B"))
+                connection.send_bytes(pixels.data.cast("B"))
 
 
 def _decode(source: bytes | os.PathLike[str], spec: PixelSpec) -> tuple[np.ndarray | None, Reply]:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from clipfleet.checkpoint import EMBEDDED, Checkpoint, find_checkpoint
 from clipfleet.errors import ClipfleetError, JobError, SettingsError
@@ -157,7 +157,8 @@ def _record_finished(ledger: Ledger, claimed: Claim, origin: Origin) -> tuple[in
     """Enter DEST's rows; returns how many there are, and the files that hold failed ones."""
     rows = 0
     failed_in: set[str] = set()
-    for rows, (file, name, error) in enumerate(output.finished(claimed.folder, origin), start=1):
+    for file, name, error in output.finished(claimed.folder, origin):
+        rows += 1
         ledger.record(name, State.FAILED if error else State.FINISHED)
         if error:
             failed_in.add(file)
@@ -193,7 +194,7 @@ def _stream(task_count: int, decode: DecodePlan, encode: EncodePlan, resources: 
     with quiet_data():
         dataset = ray.data.from_items(list(range(task_count)), override_num_blocks=min(task_count, _TASKS_AT_MOST))
         dataset = dataset.map_batches(
-            decode_tasks,
+            cast(Any, decode_tasks),  # Ray's annotation has no generators
             fn_args=(decode,),
             num_cpus=DECODE_CPUS,
             # What its pixels take. The encoders reserve no memory, and between stages whose resources are equal Ray
@@ -209,14 +210,15 @@ def _stream(task_count: int, decode: DecodePlan, encode: EncodePlan, resources: 
             num_cpus=resources.cpus,
             num_gpus=resources.gpus,
         )
-    yield from dataset.iter_batches(batch_size=None, prefetch_batches=0)
+    yield from cast(Iterator[dict[str, Any]], dataset.iter_batches(batch_size=None, prefetch_batches=0))
 
 
 def _finish(work: _Work, origin: Origin, claimed: Claim, started: float) -> Summary:
     held = output.count(claimed.folder)
     if held.rows != work.before + work.pending:
         raise JobError(
-            f"DEST holds {held.rows} rows instead of {work.before + work.pending}: files were changed while the job ran. {_GO_ON}"
+            f"DEST holds {held.rows} rows instead of {work.before + work.pending}: "
+            f"files were changed while the job ran. {_GO_ON}"
         )
     seconds = time.monotonic() - started
     summary = Summary(

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clipfleet.errors import FingerprintMismatch, JobError
@@ -54,7 +53,7 @@ def write_part(claim: Claim, origin: Origin, rows: pa.Table, vectors: np.ndarray
 
     The file's name follows from the ids, so a repeated write replaces the first.
     """
-    good = pc.is_null(rows.column("error")).to_numpy()
+    good = rows.column("error").is_null().to_numpy()
     spread = np.zeros((rows.num_rows, vectors.shape[1]), np.float32)  # (n, d)
     spread[good] = vectors
     embedding = pa.FixedSizeListArray.from_arrays(pa.array(spread.ravel()), spread.shape[1], mask=pa.array(~good))

@@ -15,7 +15,7 @@ class Progress:
     """Counts images of `total`; shows rate and time left. `shown=False` keeps it silent."""
 
     def __init__(self, total: int, shown: bool) -> None:
-        self._done, self._total = 0, total
+        self._done, self._printed, self._total = 0, 0, total
         self._shown = shown
         self._started = self._last = time.monotonic()
         terminal = shown and sys.stderr.isatty()
@@ -29,7 +29,7 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
-        elif self._shown and self._done and self._last != self._started:
+        elif self._shown and self._done != self._printed:
             self._print()
 
     def advance(self, images: int) -> None:
@@ -41,6 +41,7 @@ class Progress:
             self._print()
 
     def _print(self) -> None:
+        self._printed = self._done
         rate = self._done / max(time.monotonic() - self._started, 1e-9)
         left = tqdm.format_interval((self._total - self._done) / rate)
         print(f"Embedding: {self._done}/{self._total} images, {rate:.1f} images/s, {left} left", file=sys.stderr)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from scripts.draw_shapes import draw
 from tests.checkpoints import make_clip, make_siglip
+from tests.library import Library
 
 
 @pytest.fixture(scope="session")
@@ -53,3 +54,8 @@ def log() -> Iterator[list[tuple[str, str]]]:
     )
     yield records
     logger.remove(sink)
+
+
+@pytest.fixture(scope="session")
+def library() -> Library:
+    return Library()

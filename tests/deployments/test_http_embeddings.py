@@ -12,7 +12,7 @@ import pytest
 
 from clipfleet.errors import ClipfleetError
 from tests.deployments.broken import BROKEN
-from tests.deployments.conftest import Library
+from tests.library import Library
 
 
 def post(http: httpx.Client, **body: Any) -> httpx.Response:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from tests.deployments.broken import BROKEN
-from tests.deployments.conftest import Library
 from tests.deployments.test_http_embeddings import refused, vectors
+from tests.library import Library
 from tests.pictures import encode, picture
 
 URL = "/v1/embeddings/images"

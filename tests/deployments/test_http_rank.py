@@ -11,8 +11,8 @@ import pytest
 
 from clipfleet.encoder import Encoder
 from tests.deployments.broken import BROKEN
-from tests.deployments.conftest import Library
 from tests.deployments.test_http_embeddings import as_image, refused
+from tests.library import Library
 
 TEXTS = ["a red circle", "a blue star", "a white ring", "a black cross"]
 

@@ -12,8 +12,8 @@ import pytest
 
 from scripts.draw_shapes import draw
 from tests.deployments.broken import BROKEN
-from tests.deployments.conftest import Library
 from tests.deployments.service import Service
+from tests.library import Library
 from tests.pictures import encode
 
 CLIENTS = 64
