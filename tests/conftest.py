@@ -13,6 +13,7 @@ from PIL import Image
 from scripts.draw_shapes import draw
 from tests.checkpoints import make_clip, make_siglip
 from tests.library import Library
+from tests.pictures import encode
 
 
 @pytest.fixture(scope="session")
@@ -59,3 +60,9 @@ def log() -> Iterator[list[tuple[str, str]]]:
 @pytest.fixture(scope="session")
 def library() -> Library:
     return Library()
+
+
+@pytest.fixture(scope="session")
+def files(pictures: list[Image.Image]) -> list[bytes]:
+    """The drawn pictures as PNG bytes."""
+    return [encode(picture, "PNG") for picture in pictures]

@@ -6,10 +6,8 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from PIL import Image
 
 from tests.deployments.service import Service, serving
-from tests.pictures import encode
 
 
 @pytest.fixture(scope="session")
@@ -24,9 +22,3 @@ def http(service: Service) -> Iterator[httpx.Client]:
     """A client of the shared service."""
     with service.client() as client:
         yield client
-
-
-@pytest.fixture(scope="session")
-def files(pictures: list[Image.Image]) -> list[bytes]:
-    """The drawn pictures as PNG bytes."""
-    return [encode(picture, "PNG") for picture in pictures]

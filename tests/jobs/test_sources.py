@@ -1,0 +1,202 @@
+"""What a job reads: folders, globs and manifests, their ids, and what is refused before anything starts."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from clipfleet.errors import ClipfleetError, JobError, SettingsError
+from jobs.embed_images import exit_status, run
+from jobs.ledger import Ledger, State
+from jobs.manifests import open_manifest
+from jobs.options import EmbedOptions
+from jobs.sources import Item, in_order, matches, open_files
+from tests.jobs.job import embed, errors, read, vectors
+
+
+def items(source: Path | str) -> list[Item]:
+    return list(open_files(str(source)).items)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    for name in ("b.png", "a.JPG", "c.txt", "sub/d.webp", "sub/deep/e.gif", ".hidden/f.png", ".g.png", "sub/h.avif"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+class TestFiles:
+    def test_a_folder_gives_its_images_in_order_with_relative_ids(self, tree: Path) -> None:
+        found = items(tree)
+        assert [item.id for item in found] == ["a.JPG", "b.png", "sub/d.webp", "sub/deep/e.gif", "sub/h.avif"]
+        assert found[2].uri == str(tree / "sub" / "d.webp")
+
+    @pytest.mark.parametrize(
+        ("pattern", "ids"),
+        [
+            ("*.png", ["b.png"]),
+            ("*", ["a.JPG", "b.png", "c.txt"]),
+            ("sub/*.*", ["d.webp", "h.avif"]),
+            ("*/*.webp", ["sub/d.webp"]),
+            ("**/*.gif", ["sub/deep/e.gif"]),
+            ("sub/**/*.*", ["d.webp", "deep/e.gif", "h.avif"]),
+            ("[ab].*", ["a.JPG", "b.png"]),
+            ("?.txt", ["c.txt"]),
+            (".*.png", [".g.png"]),
+        ],
+    )
+    def test_a_globs_ids_are_relative_to_the_folder_before_its_wildcard(
+        self, tree: Path, pattern: str, ids: list[str]
+    ) -> None:
+        assert [item.id for item in items(f"{tree}/{pattern}")] == ids
+
+    def test_globs_match_as_pathlib_does(self, tree: Path) -> None:
+        for pattern in ("*", "*.png", "*/*", "**/*.gif", "sub/*", "**/d.*", "[!a]*", "s*/deep/*"):
+            wanted = {
+                str(path.relative_to(tree)) for path in tree.glob(pattern)
+                if path.is_file() and not any(part.startswith(".") for part in path.relative_to(tree).parts)
+            }  # fmt: skip
+            names = [item.id for item in items(tree)] + ["c.txt"]
+            assert {name for name in names if matches(name.split("/"), pattern.split("/"))} == wanted, pattern
+
+    def test_more_names_than_fit_in_memory_are_sorted_on_disk(self) -> None:
+        names = [(f"{number * 7919 % 1000:03d}", False) for number in range(1000)]
+        assert list(in_order(iter(names), run=64)) == sorted(names)
+
+    def test_what_is_not_there(self, tmp_path: Path) -> None:
+        with pytest.raises(SettingsError, match="none"):
+            items(tmp_path / "none")
+
+
+def write_manifest(file: Path, rows: list[dict[str, Any]]) -> Path:
+    if file.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    elif file.suffix == ".jsonl":
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        with file.open("w", newline="") as table:
+            writer = csv.DictWriter(table, rows[0], delimiter="\t" if file.suffix == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+    return file
+
+
+def listed(file: Path, **options: Any) -> list[Item]:
+    return list(open_manifest(EmbedOptions(source=str(file), dest="unused", **options)).items)
+
+
+class TestManifests:
+    @pytest.mark.parametrize("suffix", ["parquet", "csv", "tsv", "jsonl"])
+    def test_paths_are_ids_unless_a_column_holds_them(self, tmp_path: Path, suffix: str) -> None:
+        rows = [{"sku": "007", "path": "a/b.png"}, {"sku": 'ü,"x', "path": "/abs/c.png"}]
+        file = write_manifest(tmp_path / f"list.{suffix}", rows)
+        assert [item.id for item in listed(file)] == ["a/b.png", "/abs/c.png"]
+        assert [item.uri for item in listed(file)] == [str(tmp_path / "a/b.png"), "/abs/c.png"]
+        assert [item.id for item in listed(file, id_column="sku")] == ["007", 'ü,"x']
+
+    def test_a_missing_column_names_those_there_are(self, tmp_path: Path) -> None:
+        file = write_manifest(tmp_path / "list.csv", [{"sku": "1", "file": "a.png"}])
+        with pytest.raises(SettingsError, match="no column 'path'; it has sku, file"):
+            listed(file)
+        with pytest.raises(SettingsError, match="no column 'id'"):
+            listed(file, path_column="file", id_column="id")
+
+    def test_a_null_id_stops_the_job(self, tmp_path: Path) -> None:
+        file = write_manifest(tmp_path / "list.parquet", [{"id": "1", "path": "a"}, {"id": None, "path": "b"}])
+        with pytest.raises(JobError, match="row 1"):
+            listed(file, id_column="id")
+
+    def test_what_is_no_manifest(self, tmp_path: Path) -> None:
+        for name, content in (("bad.parquet", b"PAR1 no"), ("bad.jsonl", b"{"), ("bad.csv", b"")):
+            (tmp_path / name).write_bytes(content)
+            with pytest.raises(ClipfleetError, match=name):
+                listed(tmp_path / name)
+
+
+class TestOptions:
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            ({"bytes_column": "image"}, "give the id column"),
+            ({"bytes_column": "image", "path_column": "path"}, "one of the two"),
+            ({"batch_size": 0}, "batch_size must be at least 1"),
+            ({"actors": -1}, "actors"),
+            ({"precision": "int8"}, "int8"),
+            ({"device": "tpu"}, "tpu"),
+        ],
+    )
+    def test_wrong_usage_is_named(self, options: dict[str, Any], words: str) -> None:
+        with pytest.raises(SettingsError, match=words) as refused:
+            EmbedOptions(source="a", dest="b", **options)
+        assert exit_status(refused.value) == 2
+
+    def test_a_column_needs_a_manifest(self, tree: Path, tmp_path: Path) -> None:
+        with pytest.raises(SettingsError, match="path_column is for manifests"):
+            run(EmbedOptions(source=str(tree), dest=str(tmp_path / "out"), model="tiny", path_column="path"))
+
+    def test_doubled_ids_are_an_error_before_work_starts(self, tmp_path: Path) -> None:
+        file = write_manifest(tmp_path / "list.csv", [{"path": "a.png"}, {"path": "b.png"}, {"path": "a.png"}])
+        with pytest.raises(JobError, match=r"'a\.png' stands in the source twice") as refused:
+            run(EmbedOptions(source=str(file), dest=str(tmp_path / "out"), model="tiny"))
+        assert exit_status(refused.value) == 1
+        assert not list((tmp_path / "out").glob("part-*"))
+
+    def test_a_source_without_images(self, tmp_path: Path) -> None:
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(SettingsError, match="holds no images"):
+            run(EmbedOptions(source=str(tmp_path / "empty"), dest=str(tmp_path / "out"), model="tiny"))
+
+    def test_a_dest_that_is_no_folder(self, tree: Path, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        with pytest.raises(JobError, match="DEST"):
+            run(EmbedOptions(source=str(tree), dest=str(tmp_path / "file"), model="tiny"))
+
+    def test_files_in_dest_that_are_not_ours(self, tree: Path, tmp_path: Path) -> None:
+        dest = tmp_path / "out"
+        dest.mkdir()
+        (dest / "part-1.parquet").write_bytes(b"half a file")
+        with pytest.raises(JobError, match=r"part-1\.parquet"):
+            run(EmbedOptions(source=str(tree), dest=str(dest), model="tiny"))
+        pq.write_table(pa.table({"id": ["x"]}), dest / "part-1.parquet")
+        with pytest.raises(JobError, match="not written by clipfleet"):
+            run(EmbedOptions(source=str(tree), dest=str(dest), model="tiny"))
+
+
+def test_the_ledger_knows_each_id(tmp_path: Path) -> None:
+    with Ledger(tmp_path / "ids.sqlite") as ledger:
+        ledger.record("done", State.FINISHED)
+        ledger.record("failed", State.FAILED)
+        assert [ledger.claim(name) for name in ("done", "failed", "new")] == [State.FINISHED, State.FAILED, State.NEW]
+        assert ledger.is_named("new") and not ledger.is_named("other")
+        with pytest.raises(JobError, match="'new'"):
+            ledger.claim("new")
+        with pytest.raises(JobError, match="'done'"):
+            ledger.record("done", State.FINISHED)
+
+
+def test_bytes_in_parquet_become_vectors(tmp_path: Path, files: list[bytes]) -> None:
+    rows = [{"sku": number, "image": data} for number, data in enumerate(files)]
+    rows += [{"sku": 100, "image": None}, {"sku": 101, "image": b""}, {"sku": 102, "image": b"no image"}]
+    manifest = write_manifest(tmp_path / "products.parquet", rows)
+    done = embed(manifest, tmp_path / "out", "--bytes-column", "image", "--id-column", "sku")
+    assert done.status == 3, done.err
+    table = read(tmp_path / "out")
+    assert vectors(table).keys() == {str(number) for number in range(len(files))}
+    assert errors(table) == {"100": "image_empty", "101": "image_empty", "102": "image_format_unsupported"}
+
+
+def test_a_manifest_of_paths(tmp_path: Path, picture_files: list[Path]) -> None:
+    rows = [{"file": str(file), "sku": f"{number:03d}"} for number, file in enumerate(picture_files)]
+    rows.append({"file": "gone.png", "sku": "gone"})
+    manifest = write_manifest(tmp_path / "products.csv", rows)
+    done = embed(manifest, tmp_path / "out", "--path-column", "file", "--id-column", "sku")
+    assert done.status == 3, done.err
+    assert errors(read(tmp_path / "out")) == {"gone": "file_not_found"}
+    assert "007" in vectors(read(tmp_path / "out"))

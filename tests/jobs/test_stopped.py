@@ -1,0 +1,114 @@
+"""Jobs that are killed, stopped, doubled or misplaced: nothing is lost, nothing is done twice, nothing is left."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from scripts.draw_shapes import draw
+from tests.deployments.processes import of_folder, until
+from tests.deployments.service import Command
+from tests.jobs.job import embed, embedding, errors, read, summary
+from tests.pictures import encode
+
+COUNT = 4000
+SECONDS = 120  # only guards against a hang
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures that take a while to decode, so that a job can be met half way."""
+    folder = tmp_path_factory.mktemp("source")
+    rng = random.Random(4)
+    drawings = [encode(draw(rng, (900, 700)).image, "PNG") for _ in range(10)]
+    for number in range(COUNT):
+        (folder / f"{number:04d}.png").write_bytes(drawings[number % len(drawings)])
+    return folder
+
+
+def parts(dest: Path) -> dict[str, int]:
+    return {part.name: part.stat().st_mtime_ns for part in dest.glob("part-*.parquet")}
+
+
+def half_way(command: Command, dest: Path) -> None:
+    until(lambda: command.ended or len(parts(dest)) >= 3, SECONDS, "three files of a running job")
+    assert not command.ended and len(read(dest)) < COUNT, command.err
+
+
+def finish(source: Path, dest: Path) -> None:
+    """Start again, and find every id once and what was finished untouched."""
+    before = parts(dest)
+    done = embed(source, dest)
+    assert done.status == 0, done.err
+    assert sorted(read(dest).column("id").to_pylist()) == sorted(file.name for file in source.iterdir())
+    assert errors(read(dest)) == {}
+    assert parts(dest).items() >= before.items()
+    assert summary(dest)["skipped"] >= 256 and summary(dest)["rows"] == COUNT
+
+
+def test_all_processes_killed_at_once(source: Path, tmp_path: Path) -> None:
+    with embedding(source, tmp_path) as command:
+        half_way(command, tmp_path)
+        for process in of_folder(command.folder):
+            os.kill(process.pid, signal.SIGKILL)
+        command.wait(SECONDS)
+        shutil.rmtree(next(command.folder.glob("cf-*")))  # its guardian, killed as well, would have done it
+    assert not (tmp_path / "_clipfleet.json").exists()
+    finish(source, tmp_path)
+
+
+def test_the_command_killed_and_started_again_at_once(source: Path, tmp_path: Path) -> None:
+    with embedding(source, tmp_path) as command:
+        half_way(command, tmp_path)
+        command.send(signal.SIGKILL)
+        finish(source, tmp_path)  # while workers of the first may live on
+        until(lambda: not of_folder(command.folder), 30, "an end of the first one's processes")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_it_with_a_word(source: Path, tmp_path: Path, number: signal.Signals) -> None:
+    with embedding(source, tmp_path) as command:
+        half_way(command, tmp_path)
+        command.send(number)
+        assert command.wait(SECONDS) == 1
+        assert command.err.splitlines()[-1] == (
+            "clipfleet: stopped. What is finished is kept; the same command goes on from there"
+        )
+        assert "Traceback" not in command.err
+    assert 0 < len(read(tmp_path)) < COUNT
+
+
+def test_killed_workers_are_replaced(source: Path, tmp_path: Path) -> None:
+    with embedding(source, tmp_path) as command:
+        half_way(command, tmp_path)
+        workers = [process for process in of_folder(command.folder) if process.title.startswith("ray::")]
+        for wanted in ("ray::MapBatches", "ray::MapWorker", "ray::_MapWorker"):
+            for process in [worker for worker in workers if worker.title.startswith(wanted)][:1]:
+                os.kill(process.pid, signal.SIGKILL)
+        assert command.wait(SECONDS) == 0, command.err
+    assert sorted(read(tmp_path).column("id").to_pylist()) == sorted(file.name for file in source.iterdir())
+
+
+def test_two_jobs_on_one_dest(source: Path, tmp_path: Path) -> None:
+    with embedding(source, tmp_path) as command:
+        until(lambda: (tmp_path / ".clipfleet" / "lock").exists() or command.ended, SECONDS, "the first one's lock")
+        second = embed(source, tmp_path)
+        assert second.status == 1 and str(tmp_path) in second.err and "another job" in second.err
+        command.send(signal.SIGTERM)
+        assert command.wait(SECONDS) == 1
+
+
+def test_actors_that_have_no_room(source: Path, tmp_path: Path) -> None:
+    done = embed(source, tmp_path, "--actors", "50")
+    assert done.status == 1 and done.err.count("\n") == 1, done.err
+    assert "50 actors" in done.err and "ask for 25.5 CPUs" in done.err and "free are 2 CPUs" in done.err
+
+
+def test_a_cluster_that_is_not_there(source: Path, tmp_path: Path) -> None:
+    done = embed(source, tmp_path, "--address", "127.0.0.1:9")
+    assert done.status == 1 and "'127.0.0.1:9'" in done.err and "Traceback" not in done.err
