@@ -29,7 +29,15 @@ from clipfleet.errors import SettingsError, SetupError
 from clipfleet.settings import APPLICATION
 from deployments.guardian import start_guardian
 from deployments.haproxy_wrapper import haproxy_binary, haproxy_environment
-from deployments.private_ray import LOOPBACK, is_lost, leave_at_once, make_folder, set_environment, start_ray
+from deployments.private_ray import (
+    LOOPBACK,
+    is_lost,
+    leave_at_once,
+    make_folder,
+    set_environment,
+    start_ray,
+    unreachable,
+)
 
 # An instance takes one block of 100. They lie below the kernel's range for outgoing connections.
 PORTS = range(20000, 32000, 100)
@@ -293,6 +301,8 @@ def local_service(
 
 @contextmanager
 def _connected(address: str) -> Iterator[None]:
+    if reason := unreachable(address):
+        raise SetupError(f"cannot connect to the Ray at {address}: {reason}")
     import ray
 
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import tempfile
 import time
@@ -93,3 +94,15 @@ def leave_at_once(error: BaseException | None) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0 if stopped else 1)
+
+
+def unreachable(address: str) -> str | None:
+    """Why nobody answers at a Ray's address HOST:PORT; None if somebody does. Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return None  # "auto" and the like, which Ray explains at once
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None

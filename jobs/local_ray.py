@@ -13,7 +13,7 @@ from pathlib import Path
 
 from clipfleet.errors import JobError
 from deployments.guardian import start_guardian
-from deployments.private_ray import make_folder, set_environment, start_ray
+from deployments.private_ray import make_folder, set_environment, start_ray, unreachable
 
 _ROOT = str(Path(__file__).resolve().parents[1])
 PLACEMENT_S = 60
@@ -47,6 +47,8 @@ def connected(address: str | None) -> Iterator[bool]:
 
 @contextmanager
 def _their_ray(address: str) -> Iterator[None]:
+    if reason := unreachable(address):
+        raise JobError(f"cannot connect to the Ray at {address!r}: {reason}")
     import ray
 
     try:

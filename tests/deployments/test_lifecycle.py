@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tests.deployments.processes import Process, alive, of_folder, private_folder, until
-from tests.deployments.service import BIN, ROOT, Service, free_ports, running, serving
+from tests.deployments.service import BIN, ROOT, Service, free_ports, running
 
 
 def refused(*arguments: str | Path, **variables: Any) -> str:
@@ -158,7 +158,7 @@ def test_nothing_outlives_a_killed_command() -> None:
             until(lambda: not any(path for path in folder.rglob("*") if path.is_file()), 30, "an end of all its files")
 
 
-@pytest.mark.parametrize("process", ["gcs_server", "raylet", "ServeController"])
+@pytest.mark.parametrize("process", ["gcs_server", "ServeController"])
 def test_sigterm_during_the_start(process: str) -> None:
     with private_folder() as folder:
         port, metrics_port = free_ports(2)
@@ -167,8 +167,3 @@ def test_sigterm_during_the_start(process: str) -> None:
             until(lambda: any(process in found.title for found in of_folder(folder)), 60, "a start of Ray")
             command.send(signal.SIGTERM)
             assert command.wait(60) == 0 and "Traceback" not in command.err
-
-
-def test_serving_needs_no_writable_home(tmp_path: Path) -> None:
-    with serving("demo", HOME=str(tmp_path / "nothing")) as service, service.client() as http:
-        assert http.get("/readyz").status_code == 200

@@ -16,7 +16,7 @@ from tests.deployments.service import Command
 from tests.jobs.job import embed, embedding, errors, read, summary
 from tests.pictures import encode
 
-COUNT = 4000
+COUNT = 1500
 SECONDS = 120  # only guards against a hang
 
 
@@ -57,7 +57,8 @@ def test_all_processes_killed_at_once(source: Path, tmp_path: Path) -> None:
         for process in of_folder(command.folder):
             os.kill(process.pid, signal.SIGKILL)
         command.wait(SECONDS)
-        shutil.rmtree(next(command.folder.glob("cf-*")))  # its guardian, killed as well, would have done it
+        for left in command.folder.iterdir():  # its guardian, killed as well, would have done it
+            shutil.rmtree(left, ignore_errors=True)
     assert not (tmp_path / "_clipfleet.json").exists()
     finish(source, tmp_path)
 
@@ -70,11 +71,10 @@ def test_the_command_killed_and_started_again_at_once(source: Path, tmp_path: Pa
         until(lambda: not of_folder(command.folder), 30, "an end of the first one's processes")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_it_with_a_word(source: Path, tmp_path: Path, number: signal.Signals) -> None:
+def test_ctrl_c_stops_it_with_a_word(source: Path, tmp_path: Path) -> None:
     with embedding(source, tmp_path) as command:
         half_way(command, tmp_path)
-        command.send(number)
+        command.send(signal.SIGINT)
         assert command.wait(SECONDS) == 1
         assert command.err.splitlines()[-1] == (
             "clipfleet: stopped. What is finished is kept; the same command goes on from there"
