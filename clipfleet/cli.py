@@ -23,13 +23,18 @@ app = typer.Typer(
 STOPPED, WRONG_USAGE, FAILED_ROWS = 1, 2, 3
 _DEFAULT_MODEL = "openai/clip-vit-base-patch32"
 _MODEL_HELP = "Checkpoint: tiny (embedded), a folder, a hub id, or id@revision."
-_LOCAL = ("torch", "transformers", "PIL", "loguru", "huggingface_hub", "safetensors", "sentencepiece", "tokenizers")
-_SERVE = ("ray", "fastapi", "starlette", "orjson", "pyarrow", "grpc")
+_EXTRAS = (
+    "torch", "transformers", "PIL", "loguru", "huggingface_hub", "safetensors", "sentencepiece", "tokenizers",
+    "ray", "fastapi", "starlette", "orjson", "pyarrow", "grpc",
+)  # fmt: skip
 
 
 @contextmanager
-def _reported(wrong_settings: int = STOPPED) -> Iterator[None]:
-    """End with status 1 and one line for what is not a bug of ours; wrong settings may have a status of their own."""
+def _reported(extra: str, wrong_settings: int = STOPPED) -> Iterator[None]:
+    """End with status 1 and one line for what is not a bug of ours; wrong settings may have a status of their own.
+
+    `extra` is what brings all that the command needs.
+    """
     try:
         yield
     except ClipfleetError as error:
@@ -38,8 +43,7 @@ def _reported(wrong_settings: int = STOPPED) -> Iterator[None]:
         _fail("interrupted")
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
-        extra = "local" if missing in _LOCAL else "serve" if missing in _SERVE else None
-        if extra is None:
+        if missing not in _EXTRAS:
             raise
         _fail(f"this command needs {missing}: pip install 'clipfleet[{extra}]'")
 
@@ -75,7 +79,7 @@ def serve(
     metrics_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the Prometheus metrics.")] = 9464,
 ) -> None:
     """Serve a checkpoint over HTTP, on a local Ray or on the one that RAY_ADDRESS names. Ctrl-C stops it."""
-    with _reported():
+    with _reported("serve"):
         from clipfleet.settings import read_config
 
         settings = read_config(config)
@@ -107,7 +111,7 @@ def embed(
     Ends with status 0 (all good), 3 (finished, some rows failed), 1 (stopped; the same command goes on) or 2
     (wrong usage).
     """
-    with _reported(WRONG_USAGE):
+    with _reported("serve", WRONG_USAGE):
         from jobs.embed_images import run
         from jobs.options import EmbedOptions
 
@@ -145,7 +149,7 @@ def encode(
     texts = text or []
     if not texts and not images:
         raise typer.BadParameter("give at least one --text or image file")
-    with _reported():
+    with _reported("local"):
         from clipfleet.encode import encode_all, save_npy
 
         rows = encode_all(model, device, texts, images or [])
@@ -168,7 +172,7 @@ def models(
     api_key: Annotated[str | None, typer.Option(envvar="CLIPFLEET_API_KEY", help="Key of that service.")] = None,
 ) -> None:
     """List a service's models, or the checkpoints that load offline (tiny and the hub cache)."""
-    with _reported():
+    with _reported("local"):
         from clipfleet.catalogue import offline_models, served_models
 
         for entry in served_models(url, api_key) if url else offline_models():
