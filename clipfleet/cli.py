@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -179,5 +181,22 @@ def models(
             typer.echo(json.dumps(entry, ensure_ascii=False))
 
 
+def run(arguments: list[str] | None = None) -> NoReturn:
+    """The console script. `arguments` are those of the process by default."""
+    status = 1
+    try:
+        app(arguments)
+    except SystemExit as ended:
+        status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        with suppress(OSError):  # nobody reads it any more
+            sys.stdout.flush()
+            sys.stderr.flush()
+    if "ray" in sys.modules:
+        # All is done and closed by now. Ray's threads may abort or hang in Python's own exit, above all when Ray ends
+        # soon after it started.
+        os._exit(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    app()
+    run()

@@ -31,6 +31,7 @@ from deployments.guardian import start_guardian
 from deployments.haproxy_wrapper import haproxy_binary, haproxy_environment
 from deployments.private_ray import (
     LOOPBACK,
+    init,
     is_lost,
     leave_at_once,
     make_folder,
@@ -290,9 +291,9 @@ def local_service(
     name = APPLICATION
     service = Service(host, port, metrics_port, name)
     address = address or os.environ.get("RAY_ADDRESS")
+    _listen_to_signals()
     with _connected(address) if address else _own_ray(config, host, port, metrics_port):
         try:
-            _listen_to_signals()  # ray.init has set a handler of its own
             _wait_until_running(_deploy(_schema(config), config.get("http_options") or {}, host, port), name)
             yield service
         finally:
@@ -303,10 +304,8 @@ def local_service(
 def _connected(address: str) -> Iterator[None]:
     if reason := unreachable(address):
         raise SetupError(f"cannot connect to the Ray at {address}: {reason}")
-    import ray
-
     try:
-        ray.init(address=address, namespace="serve", log_to_driver=False)
+        init(address=address, namespace="serve", log_to_driver=False)
     except (ConnectionError, RuntimeError) as error:
         # The cause lies deeper: a wrong address, or the cluster's RAY_AUTH_MODE.
         raise SetupError(f"cannot connect to the Ray at {address}: {cause(str(error.__context__ or error))}") from None
@@ -320,7 +319,6 @@ def _own_ray(config: dict[str, Any], host: str, port: int, metrics_port: int) ->
     folder = make_folder()
     guardian = start_guardian(folder)
     try:
-        _listen_to_signals()
         prepare_environment(host, port, block, folder)
         _schema(config)  # a mistake shows before Ray starts
         start_ray(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -40,11 +43,44 @@ def set_environment(folder: Path, more: Mapping[str, str] | None = None) -> None
         os.environ.setdefault(name, value)
 
 
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """An exception in the midst of ray's import or of ray.init leaves half of it behind, which ray.shutdown does not
+    know of: the process could hang then."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+
+    def hold(number: int, _: object) -> None:
+        came.append(number)
+        if len(came) > 1:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, hold) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        signal.raise_signal(came[0])  # to whom it was meant for
+
+
+@_signals_held()
+def init(**options: Any) -> None:
+    """Call ray.init. A signal that comes meanwhile takes effect when it has returned; a second one at once."""
+    import ray
+    import ray._private.utils
+
+    ray._private.utils.set_sigterm_handler = lambda _: None  # the command's own handlers stop Ray in order
+    ray.init(**options)
+
+
+@_signals_held()
 def start_ray(folder: Path, **options: Any) -> None:
     """Start a Ray in `folder`, with further options of ray.init. What it runs logs to files: the terminal is the command's."""
-    import ray
     import ray._private.services as services
-    import ray._private.utils
     import ray._private.worker
 
     class Apart(services.ConsolePopen):
@@ -55,10 +91,9 @@ def start_ray(folder: Path, **options: Any) -> None:
             super().__init__(*arguments, **{**options, "start_new_session": True})
 
     services.ConsolePopen = Apart
-    ray._private.utils.set_sigterm_handler = lambda _: None  # the command's own handler stops Ray in order
     # Ray prints its own words about failed tasks and placement to our terminal, whatever log_to_driver says.
     ray._private.worker.print_to_stdstream = lambda *_, **__: None
-    ray.init(
+    init(
         address="local",  # without it Ray would join the last cluster that this machine started
         include_dashboard=False,
         configure_logging=False,

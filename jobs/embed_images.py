@@ -168,7 +168,7 @@ def _record_finished(ledger: Ledger, claimed: Claim, origin: Origin) -> tuple[in
 def _execute(
     options: EmbedOptions, work: _Work, checkpoint: Checkpoint, origin: Origin, claimed: Claim, progress: bool
 ) -> None:
-    with connected(options.address) as own, _explained(), _stoppable():
+    with connected(options.address) as own, _explained():
         resources = place(options.actors, options.cpus_per_actor, options.gpus_per_actor, options.device, own)
         decode = DecodePlan(
             work.tasks, checkpoint.pixels, work.rows_per_file, work.source.manifest, work.source.bytes_column
@@ -265,7 +265,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """Let SIGTERM stop the job as Ctrl-C does. Entered anew once Ray runs, because Ray sets handlers of its own."""
+    """Let SIGTERM stop the job as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -282,9 +282,9 @@ def _interrupt(*_: object) -> None:
 
 
 def main() -> None:
-    from clipfleet.cli import app
+    from clipfleet.cli import run
 
-    app(["embed", *sys.argv[1:]])
+    run(["embed", *sys.argv[1:]])
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from clipfleet.errors import JobError
 from deployments.guardian import start_guardian
-from deployments.private_ray import make_folder, set_environment, start_ray, unreachable
+from deployments.private_ray import init, make_folder, set_environment, start_ray, unreachable
 
 _ROOT = str(Path(__file__).resolve().parents[1])
 PLACEMENT_S = 60
@@ -49,14 +49,14 @@ def connected(address: str | None) -> Iterator[bool]:
 def _their_ray(address: str) -> Iterator[None]:
     if reason := unreachable(address):
         raise JobError(f"cannot connect to the Ray at {address!r}: {reason}")
-    import ray
-
     try:
         with _silent_core():
-            ray.init(address=address, log_to_driver=False, configure_logging=False)
+            init(address=address, log_to_driver=False, configure_logging=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
         lines = str(error.__context__ or error).strip().splitlines() or [type(error).__name__]
         raise JobError(f"cannot connect to the Ray at {address!r}: {lines[0]}") from None
+    import ray
+
     try:
         yield
     finally:

@@ -96,7 +96,7 @@ class TestWheel:
         archive = zipfile.ZipFile(wheel)
         info = f"clipfleet-{clipfleet.__version__}.dist-info"
         assert archive.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
-        assert b"clipfleet = clipfleet.cli:app" in archive.read(f"{info}/entry_points.txt")
+        assert b"clipfleet = clipfleet.cli:run" in archive.read(f"{info}/entry_points.txt")
 
     def _sources(self) -> Iterator[Path]:
         for package in PACKAGES:

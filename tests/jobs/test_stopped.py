@@ -6,12 +6,13 @@ import os
 import random
 import shutil
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from scripts.draw_shapes import draw
-from tests.deployments.processes import of_folder, until
+from tests.deployments.processes import Process, of_folder, until
 from tests.deployments.service import Command
 from tests.jobs.job import embed, embedding, errors, read, summary
 from tests.pictures import encode
@@ -40,6 +41,15 @@ def half_way(command: Command, dest: Path) -> None:
     assert not command.ended and len(read(dest)) < COUNT, command.err
 
 
+def kill_all(folder: Path) -> list[Process]:
+    """Kill what is there now, its guardian too. One of them may just have started another that we do not see yet."""
+    found = of_folder(folder)
+    for process in found:
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
+    return found
+
+
 def finish(source: Path, dest: Path) -> None:
     """Start again, and find every id once and what was finished untouched."""
     before = parts(dest)
@@ -54,8 +64,7 @@ def finish(source: Path, dest: Path) -> None:
 def test_all_processes_killed_at_once(source: Path, tmp_path: Path) -> None:
     with embedding(source, tmp_path) as command:
         half_way(command, tmp_path)
-        for process in of_folder(command.folder):
-            os.kill(process.pid, signal.SIGKILL)
+        until(lambda: not kill_all(command.folder), SECONDS, "an end of all its processes")
         command.wait(SECONDS)
         for left in command.folder.iterdir():  # its guardian, killed as well, would have done it
             shutil.rmtree(left, ignore_errors=True)
