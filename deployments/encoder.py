@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from ray import serve
 from ray.serve.metrics import Counter, Histogram
 
 from clipfleet.checkpoint import find_checkpoint
-from clipfleet.encoder import Encoder, Tower, set_threads
 from clipfleet.fingerprint import fingerprint
 from clipfleet.settings import BatchSettings, ServiceSettings, check_batching, parse
 from deployments.batching import Batcher
+
+if TYPE_CHECKING:
+    from clipfleet.encoder import Tower
 
 # Ray keeps a histogram's buckets alone and makes its sum from their middles. With an edge on either side of a size the
 # sum is exact, here for every size up to 32 and for the usual larger ones; the edges of times grow by a third.
@@ -36,6 +38,9 @@ class EncoderReplica:
 
     def __init__(self, tower: Tower, settings: ServiceSettings) -> None:
         batch = _check_own_config(BatchSettings())  # before weights are loaded: a refusal should be quick
+        # Here, because the ingress and the graph's builder import this module too: torch and transformers take 4 s of a core.
+        from clipfleet.encoder import Encoder, set_threads
+
         set_threads(settings.threads_per_replica or max(1, round(settings.cpus_per_replica)))
         self._tower = tower
         self._settings = settings

@@ -36,6 +36,8 @@ def set_environment(folder: Path, more: Mapping[str, str] | None = None) -> None
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_AUTH_MODE": "token",  # Ray's default here (~/.ray/auth_token), set so that it does not announce it on stderr
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # under `uv run` Ray would build an environment anew for each worker
+        # Workers in stock would lack the environment of a service's replicas and of a job's actors: nobody takes them.
+        "RAY_prestart_worker_first_driver": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray announces as its coming default
         **(more or {}),
     }
