@@ -1,4 +1,4 @@
-"""A checkpoint on one device: pixels or texts to unit vectors. The only module that imports torch."""
+"""A checkpoint on one device: pixels or texts to unit vectors."""
 
 from __future__ import annotations
 
@@ -12,22 +12,14 @@ import numpy as np
 import torch
 import transformers
 from loguru import logger
-from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer
 
 from clipfleet.checkpoint import Checkpoint, find_checkpoint
 from clipfleet.errors import CheckpointUnsupported, ClipfleetError, DeviceUnavailable, InvalidRequest, SettingsError
+from clipfleet.towers import ACTIVATIONS, TOWERS, Weights
 
 Tower = Literal["image", "text"]
-TOWERS: tuple[Tower, ...] = ("image", "text")
 PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-_TOWER_CLASSES = {
-    ("clip", "image"): transformers.CLIPVisionModelWithProjection,
-    ("clip", "text"): transformers.CLIPTextModelWithProjection,
-    ("siglip", "image"): transformers.SiglipVisionModel,
-    ("siglip", "text"): transformers.SiglipTextModel,
-}
 
 
 class EncodedTexts(NamedTuple):
@@ -51,7 +43,7 @@ class Encoder:
         checkpoint: str | Checkpoint,
         device: str = "auto",
         precision: str = "float32",
-        towers: Sequence[Tower] = TOWERS,
+        towers: Sequence[Tower] = ("image", "text"),
     ) -> None:
         self.device = resolve_device(device)
         self.precision = precision
@@ -66,7 +58,9 @@ class Encoder:
             self._check_pixels()
             self.logit_scale, self.logit_bias = _read_logits(self.checkpoint)
             self._models = {tower: self._load(tower, config) for tower in towers}
-            self._tokenizer = AutoTokenizer.from_pretrained(self.checkpoint.folder) if "text" in towers else None
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(self.checkpoint.folder) if "text" in towers else None
+            if self._tokenizer and self.checkpoint.model_type == "clip":
+                self._tokenizer.padding_side = "right"  # its causal tower sees padding on the left
         self._tokenizing = threading.Lock()  # a tokenizer keeps padding and truncation as state between its calls
         if self.device.type == "cuda" and precision == "float32":
             torch.backends.cudnn.allow_tf32 = False  # the patch convolution would lose 1e-3 otherwise
@@ -83,24 +77,20 @@ class Encoder:
             )
 
     def _load(self, tower: Tower, config: Any) -> torch.nn.Module:
-        part = config.vision_config if tower == "image" else config.text_config
-        if config.model_type == "clip":
-            part.projection_dim = config.projection_dim  # LAION's files hold another, unused one in each tower
-        model, report = _TOWER_CLASSES[config.model_type, tower].from_pretrained(
-            self.checkpoint.folder,
-            config=part,
-            dtype=PRECISIONS[self.precision],
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they are reported, and refused below by name
-            output_loading_info=True,
-        )
-        wrong = sorted(report["missing_keys"]) + sorted(name for name, *_ in report["mismatched_keys"])
-        if wrong:  # transformers would go on with random weights
+        act = (config.vision_config if tower == "image" else config.text_config).hidden_act
+        if act not in ACTIVATIONS:
+            raise CheckpointUnsupported(
+                f"checkpoint {self.checkpoint.name!r}: activation {act!r} of its {tower} tower is not supported; "
+                f"supported are {', '.join(ACTIVATIONS)}"
+            )
+        with Weights(self.checkpoint, PRECISIONS[self.precision]) as weights:
+            model = TOWERS[config.model_type, tower](weights, config)
+        if weights.wrong:
             raise CheckpointUnsupported(
                 f"checkpoint {self.checkpoint.name!r}: weights of its {tower} tower are missing or have another shape "
-                f"than config.json says: {', '.join(wrong[:3])}{', ...' if wrong[3:] else ''}"
+                f"than config.json says: {', '.join(weights.wrong[:3])}{', ...' if weights.wrong[3:] else ''}"
             )
-        return model.eval().requires_grad_(False).to(self.device)
+        return model.eval().to(self.device)
 
     def encode_pixels(self, pixels: np.ndarray) -> np.ndarray:
         """Encode uint8 pixels (n, H, W, 3) of the checkpoint's size to unit vectors (n, d) float32.
@@ -137,7 +127,7 @@ class Encoder:
             if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
                 raise InvalidRequest("the text holds a lone surrogate, which is no character", index=index)
         context = self.context_length
-        # SigLIP was trained with every text padded to the context; CLIP's causal tower does not see padding.
+        # SigLIP was trained with every text padded to the context; CLIP's causal tower does not see what comes after the end.
         padding = "max_length" if self.checkpoint.model_type == "siglip" else True
         with self._tokenizing:
             full = self._tokenizer(texts, truncation=False, return_attention_mask=False, verbose=False)["input_ids"]
@@ -161,13 +151,14 @@ class Encoder:
         batch = torch.from_numpy(pixels).to(self.device, non_blocking=True)  # (n, H, W, 3) uint8
         batch = batch.permute(0, 3, 1, 2).float() * self.checkpoint.pixels.rescale  # (n, 3, H, W) float32, 0..1
         batch = (batch - self._mean) / self._std
-        output = self._models["image"](pixel_values=batch.to(PRECISIONS[self.precision]))
-        return _unit(output.image_embeds if self.checkpoint.model_type == "clip" else output.pooler_output)
+        return _unit(self._models["image"](batch.to(PRECISIONS[self.precision])))
 
     @torch.inference_mode()
     def _forward_tokens(self, tokens: dict[str, torch.Tensor]) -> np.ndarray:
-        output = self._models["text"](**{name: value.to(self.device) for name, value in tokens.items()})
-        return _unit(output.text_embeds if self.checkpoint.model_type == "clip" else output.pooler_output)
+        mask = tokens.get("attention_mask")
+        return _unit(
+            self._models["text"](tokens["input_ids"].to(self.device), None if mask is None else mask.to(self.device))
+        )
 
 
 def set_threads(count: int) -> None:
@@ -204,14 +195,10 @@ def _dimension(config: Any) -> int:
 
 
 def _read_logits(checkpoint: Checkpoint) -> tuple[float, float | None]:
-    """The scale and bias that ranking uses. The towers do not hold them, so they are read from the weights."""
-    found: dict[str, float] = {}
-    for path in checkpoint.weight_files():
-        with safe_open(path, framework="pt") as file:
-            for name in {"logit_scale", "logit_bias"} & set(file.keys()):
-                found[name] = file.get_tensor(name).float().item()
-    scale = math.exp(found.get("logit_scale", math.log(100)))  # stored as its logarithm
-    return scale, found.get("logit_bias")
+    """The scale and bias that ranking uses."""
+    with Weights(checkpoint) as weights:
+        scale = weights.scalar("logit_scale")  # stored as its logarithm
+        return math.exp(math.log(100) if scale is None else scale), weights.scalar("logit_bias")
 
 
 @contextlib.contextmanager

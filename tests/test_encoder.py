@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -89,6 +90,44 @@ def test_a_batch_equals_its_items(kind: str, encoders: dict[str, Encoder], pictu
     assert np.abs(encoder.encode_pixels(batch) - one_by_one).max() <= 1e-5
     texts = np.concatenate([encoder.encode_texts([text]).vectors for text in TEXTS])
     assert np.abs(encoder.encode_texts(TEXTS).vectors - texts).max() <= 1e-5
+
+
+def edit_towers(folder: Path, **changes: object) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    towers = {name: {**config[name], **changes} for name in ("text_config", "vision_config")}
+    edit_json(folder / "config.json", **towers)
+    return folder
+
+
+# What files on the hub say: openai's have quick_gelu and an end token of 2, LAION's gelu, SigLIP's gelu_pytorch_tanh.
+@pytest.mark.parametrize(
+    "changes",
+    [{"eos_token_id": 2}, {"hidden_act": "gelu"}, {"hidden_act": "gelu_pytorch_tanh"}, {"hidden_act": "gelu_new"},
+     {"hidden_act": "relu"}, {"layer_norm_eps": 1e-2}, {"num_attention_heads": 4}, {"num_hidden_layers": 1}],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_settings_of_the_towers_count(
+    kind: str, changes: dict[str, object], tmp_path: Path, encoders: dict[str, Encoder], pictures: list[Image.Image]
+) -> None:
+    folder = edit_towers((make_clip if kind == "clip" else make_siglip)(tmp_path / kind), **changes)
+    encoder, reference = Encoder(str(folder), "cpu"), Reference(folder)
+    images, texts = encoder.encode_pixels(pixels(encoder, pictures)), encoder.encode_texts(TEXTS).vectors
+    assert np.abs(images - reference.images(pictures)).max() <= 1e-5
+    assert np.abs(texts - reference.texts(TEXTS)).max() <= 1e-5
+
+
+def test_an_unknown_activation_is_refused(tmp_path: Path) -> None:
+    folder = edit_towers(make_clip(tmp_path / "clip"), hidden_act="mish")
+    with pytest.raises(CheckpointUnsupported, match=r"activation 'mish' of its image tower.*supported are gelu"):
+        Encoder(str(folder), "cpu")
+
+
+def test_a_tokenizer_that_pads_on_the_left_changes_nothing(tmp_path: Path, encoders: dict[str, Encoder]) -> None:
+    folder = copy_tiny(tmp_path / "left")
+    edit_json(folder / "tokenizer_config.json", padding_side="left")
+    ours = Encoder(str(folder), "cpu", towers=["text"]).encode_texts(TEXTS).vectors
+    assert np.abs(ours - encoders["tiny"].encode_texts(TEXTS).vectors).max() <= 1e-6
 
 
 @pytest.mark.parametrize(

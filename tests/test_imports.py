@@ -17,9 +17,9 @@ LIBRARY = {path.stem: path for path in (ROOT / "clipfleet").glob("*.py")}
 
 # Where a library may be imported in clipfleet/, at all.
 HOMES = {
-    "torch": {"encoder"},
+    "torch": {"encoder", "towers"},
     "transformers": {"encoder"},
-    "safetensors": {"encoder"},
+    "safetensors": {"towers"},
     "PIL": {"images", "embedder"},
     "huggingface_hub": {"checkpoint", "catalogue"},
     "yaml": {"settings"},
