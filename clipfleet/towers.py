@@ -185,8 +185,8 @@ class ClipImageTower(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         patches = self.patches(pixels)
-        x = torch.cat([self.start.expand(len(patches), 1, -1), patches], dim=1)
-        start = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        x = torch.cat([self.start.expand(patches.shape[0], 1, -1), patches], dim=1)
+        start = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
         return self.projection(self.after(self.layers.at(self.before(x + self.positions), start)))
 
 
@@ -232,7 +232,7 @@ class SiglipImageTower(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         x = self.after(self.layers(self.patches(pixels) + self.positions))
         width = x.shape[-1]
-        queries = functional.linear(self.probe, self.in_weight[:width], self.in_bias[:width]).expand(len(x), -1, -1)
+        queries = functional.linear(self.probe, self.in_weight[:width], self.in_bias[:width]).expand(x.shape[0], -1, -1)
         keys, values = functional.linear(x, self.in_weight[width:], self.in_bias[width:]).chunk(2, dim=-1)
         x = self.out(attend(queries, keys, values, self.heads)).squeeze(1)
         return x + self.mlp(self.norm(x))
@@ -253,7 +253,7 @@ class SiglipTextTower(nn.Module):
         """`mask` (n, length) is 0 at padding, where the tokenizer says so; padding is seen otherwise, as in training."""
         seen = None if mask is None else mask.bool()[:, None, None, :]
         x = functional.embedding(ids, self.tokens) + self.positions[: ids.shape[1]]
-        end = torch.full((len(ids),), ids.shape[1] - 1, device=ids.device)
+        end = torch.full_like(ids[:, 0], ids.shape[1] - 1)
         return self.head(self.after(self.layers.at(x, end, seen)))
 
 

@@ -324,10 +324,10 @@ class TestOutOfMemory:
             tower, forward = image_tower(embedder), image_tower(embedder).forward
             largest = [3]
 
-            def limited(pixel_values: torch.Tensor, **options: Any) -> Any:
-                if len(pixel_values) > largest[0]:
+            def limited(pixels: torch.Tensor) -> torch.Tensor:
+                if len(pixels) > largest[0]:
                     raise torch.cuda.OutOfMemoryError("CUDA out of memory (caused by a test)")
-                return forward(pixel_values=pixel_values, **options)
+                return forward(pixels)
 
             monkeypatch.setattr(tower, "forward", limited)
             yield embedder, largest
