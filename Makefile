@@ -43,7 +43,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo 'installing torch (the largest part)'
 	@$(PIP_INSTALL) $(TORCH_PIP_ARGS) torch hatchling
 	@echo 'installing the other pinned packages and this tree'
-	@$(PIP_INSTALL) --no-build-isolation --editable '.[serve,test]'
+	@$(PIP_INSTALL) --no-build-isolation --editable '.[serve,openvino,test]'
 	@touch $(STAMP)
 	@echo 'set up: $(BIN)/clipfleet'
 

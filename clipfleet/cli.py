@@ -106,7 +106,8 @@ def embed(
     retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Redo the rows that failed before.")] = False,
     address: Annotated[str | None, typer.Option(envvar="RAY_ADDRESS", help="A running Ray; default: its own.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    precision: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    precision: Annotated[str, typer.Option(help="float32, float16, bfloat16, or int8 on CPUs.")] = "float32",
+    engine: Annotated[str, typer.Option(help="auto, torch or openvino (CPUs; auto takes it if installed).")] = "auto",
 ) -> None:
     """Embed many images into Parquet files, streaming and resumable.
 
@@ -131,6 +132,7 @@ def embed(
                 address=address,
                 device=device,
                 precision=precision,
+                engine=engine,
             )
         )
         typer.echo(str(summary))

@@ -1,4 +1,4 @@
-"""A checkpoint on one device: pixels or texts to unit vectors."""
+"""A checkpoint on one device: pixels or texts to unit vectors, by the engine that suits the device."""
 
 from __future__ import annotations
 
@@ -6,20 +6,18 @@ import contextlib
 import math
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import torch
 import transformers
-from loguru import logger
 from transformers import AutoConfig, AutoTokenizer
 
 from clipfleet.checkpoint import Checkpoint, find_checkpoint
-from clipfleet.errors import CheckpointUnsupported, ClipfleetError, DeviceUnavailable, InvalidRequest, SettingsError
-from clipfleet.towers import ACTIVATIONS, TOWERS, Weights
+from clipfleet.engines import choose_engine
+from clipfleet.errors import CheckpointUnsupported, ClipfleetError, InvalidRequest
 
 Tower = Literal["image", "text"]
-PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class EncodedTexts(NamedTuple):
@@ -34,8 +32,9 @@ class Encoder:
     """One checkpoint, or one tower of it, ready to encode.
 
     `checkpoint` is a name as in find_checkpoint or its result; `device` is auto, cpu, cuda or cuda:N;
-    `precision` is float32, float16 or bfloat16; `towers` says which halves to load. Vectors are float32
-    of unit length whatever the precision. Raises CheckpointError, DeviceUnavailable or SettingsError.
+    `precision` is float32, float16, bfloat16 or int8 (on CPUs, by OpenVINO); `towers` says which halves to load;
+    `engine` is auto, torch or openvino; `threads` are those of a CPU, by default all. Vectors are float32 of unit
+    length whatever the precision. Raises CheckpointError, DeviceUnavailable or SettingsError.
     """
 
     def __init__(
@@ -44,11 +43,15 @@ class Encoder:
         device: str = "auto",
         precision: str = "float32",
         towers: Sequence[Tower] = ("image", "text"),
+        *,
+        engine: str = "auto",
+        threads: int | None = None,
     ) -> None:
         self.device = resolve_device(device)
         self.precision = precision
-        if precision not in PRECISIONS:
-            raise SettingsError(f"precision {precision!r} is unknown; known are {', '.join(PRECISIONS)}")
+        self.engine = choose_engine(engine, self.device, precision)
+        self._threads = threads
+        self._tokenizing = threading.Lock()  # a tokenizer keeps padding and truncation as state between its calls
         self.checkpoint = find_checkpoint(checkpoint) if isinstance(checkpoint, str) else checkpoint
         with _quiet_transformers(), _explained(self.checkpoint):
             config: Any = AutoConfig.from_pretrained(self.checkpoint.folder)
@@ -57,16 +60,10 @@ class Encoder:
             self.context_length: int = config.text_config.max_position_embeddings
             self._check_pixels()
             self.logit_scale, self.logit_bias = _read_logits(self.checkpoint)
-            self._models = {tower: self._load(tower, config) for tower in towers}
             self._tokenizer: Any = AutoTokenizer.from_pretrained(self.checkpoint.folder) if "text" in towers else None
             if self._tokenizer and self.checkpoint.model_type == "clip":
                 self._tokenizer.padding_side = "right"  # its causal tower sees padding on the left
-        self._tokenizing = threading.Lock()  # a tokenizer keeps padding and truncation as state between its calls
-        if self.device.type == "cuda" and precision == "float32":
-            torch.backends.cudnn.allow_tf32 = False  # the patch convolution would lose 1e-3 otherwise
-            torch.backends.cuda.matmul.allow_tf32 = False
-        self._mean = torch.tensor(self.checkpoint.pixels.mean, device=self.device).view(1, 3, 1, 1)
-        self._std = torch.tensor(self.checkpoint.pixels.std, device=self.device).view(1, 3, 1, 1)
+            self._models = {tower: self._load(tower, config) for tower in towers}
 
     def _check_pixels(self) -> None:
         height, width = self.checkpoint.pixels.size
@@ -76,21 +73,31 @@ class Encoder:
                 f"pixels, its vision tower takes {self.image_size} x {self.image_size}"
             )
 
-    def _load(self, tower: Tower, config: Any) -> torch.nn.Module:
-        act = (config.vision_config if tower == "image" else config.text_config).hidden_act
-        if act not in ACTIVATIONS:
-            raise CheckpointUnsupported(
-                f"checkpoint {self.checkpoint.name!r}: activation {act!r} of its {tower} tower is not supported; "
-                f"supported are {', '.join(ACTIVATIONS)}"
-            )
-        with Weights(self.checkpoint, PRECISIONS[self.precision]) as weights:
-            model = TOWERS[config.model_type, tower](weights, config)
-        if weights.wrong:
-            raise CheckpointUnsupported(
-                f"checkpoint {self.checkpoint.name!r}: weights of its {tower} tower are missing or have another shape "
-                f"than config.json says: {', '.join(weights.wrong[:3])}{', ...' if weights.wrong[3:] else ''}"
-            )
-        return model.eval().to(self.device)
+    def _load(self, tower: Tower, config: Any) -> Any:
+        if self.engine == "torch":
+            from clipfleet.torch_engine import TorchTower
+
+            return TorchTower(self.checkpoint, config, tower, self.device, self.precision, self._threads)
+        from clipfleet.openvino_engine import OpenVinoTower
+
+        return OpenVinoTower(
+            self.checkpoint,
+            config,
+            tower,
+            self.precision,
+            self._threads,
+            lambda count, seed: self._samples(tower, count, seed),
+        )
+
+    def _samples(self, tower: Tower, count: int, seed: int) -> list[tuple[np.ndarray, ...]]:
+        """Inputs like those to come, `count` items in batches, for calibration (and, with another seed, for its check)."""
+        from clipfleet.samples import pictures, texts
+
+        if tower == "image":
+            found = pictures(count, self.image_size, seed)
+            return [(found[start : start + 8],) for start in range(0, count, 8)]
+        words = texts(count, seed)
+        return [self._tokenize(words[start : start + 8])[0] for start in range(0, count, 8)]
 
     def encode_pixels(self, pixels: np.ndarray) -> np.ndarray:
         """Encode uint8 pixels (n, H, W, 3) of the checkpoint's size to unit vectors (n, d) float32.
@@ -102,92 +109,58 @@ class Encoder:
             raise ValueError(f"uint8 pixels (n, *{expected}) are needed, not {pixels.dtype} {pixels.shape}")
         if len(pixels) == 0:
             return np.zeros((0, self.dimension), np.float32)
-        return self._halving(self._forward_pixels, pixels)
+        return _unit(self._models["image"](pixels))
 
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
         """Encode texts to unit vectors (n, d) float32. Texts longer than the context are cut, and say so."""
         if not texts:
             return EncodedTexts(np.zeros((0, self.dimension), np.float32), [], [])
-        tokens, truncated = self._tokenize(list(texts))
-        ids = tokens["input_ids"]
-        counts = tokens["attention_mask"].sum(1).tolist() if "attention_mask" in tokens else [ids.shape[1]] * len(ids)
-        rows = np.arange(len(texts))
-        vectors = self._halving(lambda part: self._forward_tokens({k: v[part] for k, v in tokens.items()}), rows)
-        return EncodedTexts(vectors, truncated, counts)
+        inputs, counts, truncated = self._tokenize(list(texts))
+        return EncodedTexts(_unit(self._models["text"](*inputs)), truncated, counts)
 
     def close(self) -> None:
         """Let go of the weights; the encoder cannot be used afterwards."""
         self._models.clear()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        if self.device != "cpu":
+            from clipfleet.torch_engine import free_memory
 
-    def _tokenize(self, texts: list[str]) -> tuple[dict[str, torch.Tensor], list[bool]]:
+            free_memory()
+
+    def _tokenize(self, texts: list[str]) -> tuple[tuple[np.ndarray, ...], list[int], list[bool]]:
+        """What the tower takes, (n, length) int64 each; how many tokens each text has in it; and whether it was cut."""
         assert self._tokenizer is not None, "the text tower was not loaded"
         for index, text in enumerate(texts):
             if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
                 raise InvalidRequest("the text holds a lone surrogate, which is no character", index=index)
         context = self.context_length
-        # SigLIP was trained with every text padded to the context; CLIP's causal tower does not see what comes after the end.
-        padding = "max_length" if self.checkpoint.model_type == "siglip" else True
+        siglip = self.checkpoint.model_type == "siglip"  # was trained with every text padded to the context
         with self._tokenizing:
             full = self._tokenizer(texts, truncation=False, return_attention_mask=False, verbose=False)["input_ids"]
-            tokens = self._tokenizer(texts, padding=padding, truncation=True, max_length=context, return_tensors="pt")
-        return dict(tokens), [len(ids) > context for ids in full]
-
-    def _halving(self, forward: Any, batch: np.ndarray) -> np.ndarray:
-        try:
-            return forward(batch)
-        except torch.cuda.OutOfMemoryError:
-            if len(batch) == 1:
-                raise
-        half = len(batch) // 2
-        logger.warning("{} ran out of memory at batch size {}; going on with {}", self.device, len(batch), half)
-        torch.cuda.empty_cache()
-        return np.concatenate([self._halving(forward, batch[:half]), self._halving(forward, batch[half:])])
-
-    @torch.inference_mode()
-    def _forward_pixels(self, pixels: np.ndarray) -> np.ndarray:
-        pixels = np.require(pixels, requirements=["C", "W"])  # torch warns of read-only arrays, such as Ray's
-        batch = torch.from_numpy(pixels).to(self.device, non_blocking=True)  # (n, H, W, 3) uint8
-        batch = batch.permute(0, 3, 1, 2).float() * self.checkpoint.pixels.rescale  # (n, 3, H, W) float32, 0..1
-        batch = (batch - self._mean) / self._std
-        return _unit(self._models["image"](batch.to(PRECISIONS[self.precision])))
-
-    @torch.inference_mode()
-    def _forward_tokens(self, tokens: dict[str, torch.Tensor]) -> np.ndarray:
-        mask = tokens.get("attention_mask")
-        return _unit(
-            self._models["text"](tokens["input_ids"].to(self.device), None if mask is None else mask.to(self.device))
-        )
+            tokens = self._tokenizer(
+                texts,
+                padding="max_length" if siglip else True,
+                truncation=True,
+                max_length=context,
+                return_tensors="np",
+            )
+        ids = tokens["input_ids"].astype(np.int64)
+        mask = tokens["attention_mask"].astype(np.int64) if "attention_mask" in tokens else np.ones_like(ids)
+        # CLIP's causal tower does not see padding, which comes after a text's end.
+        return (ids, mask) if siglip else (ids,), mask.sum(1).tolist(), [len(ids) > context for ids in full]
 
 
-def set_threads(count: int) -> None:
-    """Let torch use `count` threads in this process. Ray would give a replica one a CPU that it reserves."""
-    torch.set_num_threads(count)
+def resolve_device(device: str) -> str:
+    """Turn auto, cpu, cuda or cuda:N into cpu, cuda or cuda:N. Raises DeviceUnavailable or SettingsError."""
+    drivers = ("/dev/nvidiactl", "/dev/dxg")  # of Linux and of its subsystem in Windows
+    if device == "cpu" or (device == "auto" and not any(Path(path).exists() for path in drivers)):
+        return "cpu"  # without torch, which takes a second to import
+    from clipfleet.torch_engine import resolve_device as of_torch
+
+    return of_torch(device)
 
 
-def resolve_device(device: str) -> torch.device:
-    """Turn auto, cpu, cuda or cuda:N into a device of this machine. Raises DeviceUnavailable or SettingsError."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-    except RuntimeError as error:
-        raise SettingsError(f"device {device!r} is unknown; known are auto, cpu, cuda and cuda:N") from error
-    if resolved.type not in ("cpu", "cuda"):
-        raise SettingsError(f"device {device!r} is not supported; use auto, cpu, cuda or cuda:N")
-    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
-        raise DeviceUnavailable(
-            f"device {device!r} is not available: torch finds {torch.cuda.device_count()} CUDA devices here. "
-            "Use device 'auto' to take a GPU where there is one and the CPU otherwise",
-            device=device,
-        )
-    return resolved
-
-
-def _unit(vectors: torch.Tensor) -> np.ndarray:
-    vectors = vectors.float()  # (n, d)
-    return (vectors / vectors.norm(dim=1, keepdim=True).clamp_min(1e-12)).cpu().numpy()
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 def _dimension(config: Any) -> int:
@@ -196,6 +169,8 @@ def _dimension(config: Any) -> int:
 
 def _read_logits(checkpoint: Checkpoint) -> tuple[float, float | None]:
     """The scale and bias that ranking uses."""
+    from clipfleet.towers import Weights
+
     with Weights(checkpoint) as weights:
         scale = weights.scalar("logit_scale")  # stored as its logarithm
         return math.exp(math.log(100) if scale is None else scale), weights.scalar("logit_bias")
@@ -205,9 +180,11 @@ def _read_logits(checkpoint: Checkpoint) -> tuple[float, float | None]:
 def _explained(checkpoint: Checkpoint) -> Iterator[None]:
     try:
         yield
-    except (ClipfleetError, torch.cuda.OutOfMemoryError):
+    except ClipfleetError:
         raise
     except Exception as error:  # transformers raises many kinds for files that do not fit together
+        if type(error).__name__ == "OutOfMemoryError":  # torch's: the files are well
+            raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointUnsupported(f"checkpoint {checkpoint.name!r} cannot be loaded: {reason}") from error
 

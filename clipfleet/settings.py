@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from clipfleet.engines import Engine, Precision
 from clipfleet.errors import SettingsError
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
@@ -57,8 +58,8 @@ class ServiceSettings(Settings):
     model: str = "openai/clip-vit-base-patch32"
     served_model_name: str | None = None
     device: str = "auto"
-    precision: Literal["float32", "float16", "bfloat16"] = "float32"
-    engine: Literal["torch"] = "torch"
+    precision: Precision = "float32"
+    engine: Engine = "auto"
     gpus_per_replica: Annotated[float, Field(gt=0)] = 1.0
     cpus_per_replica: Annotated[float, Field(gt=0)] = 1.0
     threads_per_replica: Count | None = None

@@ -202,8 +202,7 @@ class ClipTextTower(nn.Module):
         self.after = weights.norm("text_model.final_layer_norm", width, text.layer_norm_eps)
         self.projection = weights.linear("text_projection", inputs=width, outputs=config.projection_dim, bias=False)
 
-    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`mask` is not needed: a position sees those before it alone, and padding comes after the end."""
+    def forward(self, ids: Tensor) -> Tensor:
         # Configs from before transformers 4.31 say 2 whatever the tokenizer uses; its end token then has the largest id.
         ends = (ids if self.end == 2 else (ids == self.end).int()).argmax(1)
         x = functional.embedding(ids, self.tokens) + self.positions[: ids.shape[1]]
@@ -249,9 +248,9 @@ class SiglipTextTower(nn.Module):
         self.after = weights.norm("text_model.final_layer_norm", width, text.layer_norm_eps)
         self.head = weights.linear("text_model.head", inputs=width, outputs=config.vision_config.hidden_size)
 
-    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`mask` (n, length) is 0 at padding, where the tokenizer says so; padding is seen otherwise, as in training."""
-        seen = None if mask is None else mask.bool()[:, None, None, :]
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """`mask` (n, length) is 0 at padding where the tokenizer says so; otherwise padding is seen, as in training."""
+        seen = mask.bool()[:, None, None, :]
         x = functional.embedding(ids, self.tokens) + self.positions[: ids.shape[1]]
         end = torch.full_like(ids[:, 0], ids.shape[1] - 1)
         return self.head(self.after(self.layers.at(x, end, seen)))

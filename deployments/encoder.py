@@ -39,13 +39,16 @@ class EncoderReplica:
     def __init__(self, tower: Tower, settings: ServiceSettings) -> None:
         batch = _check_own_config(BatchSettings())  # before weights are loaded: a refusal should be quick
         # Here, because the ingress and the graph's builder import this module too: torch and transformers take 4 s of a core.
-        from clipfleet.encoder import Encoder, set_threads
+        from clipfleet.encoder import Encoder
 
-        set_threads(settings.threads_per_replica or max(1, round(settings.cpus_per_replica)))
+        # Ray would give torch one thread a CPU that the replica reserves.
+        threads = settings.threads_per_replica or max(1, round(settings.cpus_per_replica))
         self._tower = tower
         self._settings = settings
         checkpoint = find_checkpoint(settings.model)
-        self._encoder = Encoder(checkpoint, settings.device, settings.precision, towers=(tower,))
+        self._encoder = Encoder(
+            checkpoint, settings.device, settings.precision, towers=(tower,), engine=settings.engine, threads=threads
+        )
         self._fingerprint = fingerprint(checkpoint, exif_orientation=settings.exif_orientation)
         self._forward(self._probe_items())  # the first pass is the slow one
         self._batcher = Batcher(self._forward, batch, self._observe)
@@ -93,7 +96,7 @@ class EncoderReplica:
             "image_size": encoder.image_size,
             "fingerprint": self._fingerprint,
             "precision": encoder.precision,
-            "engine": self._settings.engine,
+            "engine": encoder.engine,
             "logit_scale": encoder.logit_scale,
             "logit_bias": encoder.logit_bias,
         }

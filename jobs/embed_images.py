@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +28,7 @@ from jobs.destination import Claim, claim
 from jobs.encoding import EncodeActor, EncodePlan
 from jobs.ledger import Ledger, State, write_tasks
 from jobs.local_ray import DECODE_CPUS, Resources, connected, place, quiet_data
-from jobs.options import ENGINE, EmbedOptions
+from jobs.options import EmbedOptions
 from jobs.output import Origin
 from jobs.progress import Progress
 from jobs.sources import Item, Source, is_uri, open_files
@@ -87,13 +87,14 @@ def run(options: EmbedOptions, *, progress: bool = True) -> Summary:
     started = time.monotonic()
     source = _open_source(options)
     checkpoint = find_checkpoint(options.model)
-    origin = Origin(fingerprint(checkpoint), checkpoint.served_name, checkpoint.revision, options.precision, ENGINE)
+    engine = options.engine_on(gpu=options.device.startswith("cuda"))
+    origin = Origin(fingerprint(checkpoint), checkpoint.served_name, checkpoint.revision, options.precision, engine)
     try:
         with _stoppable(), claim(options.dest) as claimed:
             work = _plan(options, source, checkpoint, origin, claimed)
             if work.pending:
                 (claimed.folder / output.SUMMARY).unlink(missing_ok=True)
-                _execute(options, work, checkpoint, origin, claimed, progress)
+                origin = _execute(options, work, checkpoint, origin, claimed, progress)
             return _finish(work, origin, claimed, started)
     except KeyboardInterrupt:
         raise JobError(f"stopped. {_GO_ON}") from None
@@ -167,9 +168,11 @@ def _record_finished(ledger: Ledger, claimed: Claim, origin: Origin) -> tuple[in
 
 def _execute(
     options: EmbedOptions, work: _Work, checkpoint: Checkpoint, origin: Origin, claimed: Claim, progress: bool
-) -> None:
+) -> Origin:
+    """Do the work. Returns the origin with the engine that the resources gave."""
     with connected(options.address) as own, _explained():
         resources = place(options.actors, options.cpus_per_actor, options.gpus_per_actor, options.device, own)
+        origin = replace(origin, engine=options.engine_on(gpu=resources.gpus > 0))
         decode = DecodePlan(
             work.tasks, checkpoint.pixels, work.rows_per_file, work.source.manifest, work.source.bytes_column
         )
@@ -179,6 +182,7 @@ def _execute(
         with Progress(work.pending, progress) as shown:
             for batch in _stream(work.task_count, decode, encode, resources):
                 shown.advance(int(batch["rows"].sum()))
+    return origin
 
 
 def _everywhere(checkpoint: Checkpoint) -> str:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EncodePlan:
-    """What an encoder has to know. `threads` is for torch on a CPU."""
+    """What an encoder has to know. `threads` are those of a CPU."""
 
     claim: Claim
     origin: Origin
@@ -57,10 +57,12 @@ class EncodeActor:
 
 
 def _load(plan: EncodePlan) -> Encoder:
-    from clipfleet.encoder import Encoder, set_threads  # here, because the job's own process needs no torch
+    from clipfleet.encoder import Encoder  # here, because the job's own process needs no torch
 
-    set_threads(plan.threads)
-    encoder = Encoder(plan.model, plan.device, plan.origin.precision, towers=("image",))
+    origin = plan.origin
+    encoder = Encoder(
+        plan.model, plan.device, origin.precision, towers=("image",), engine=origin.engine, threads=plan.threads
+    )
     found = fingerprint(encoder.checkpoint)
     if found != plan.origin.fingerprint:
         raise FingerprintMismatch(

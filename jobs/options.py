@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from clipfleet.engines import choose_engine
 from clipfleet.errors import SettingsError
-
-PRECISIONS = ("float32", "float16", "bfloat16")
-ENGINE = "torch"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +31,7 @@ class EmbedOptions:
     address: str | None = None
     device: str = "auto"
     precision: str = "float32"
+    engine: str = "auto"
     gpus_per_actor: float = 1.0
     cpus_per_actor: float | None = None
     rows_per_file: int = 256
@@ -52,8 +51,11 @@ class EmbedOptions:
             raise SettingsError(
                 f"bytes (column {self.bytes_column!r}) have no name of their own: give the id column too"
             )
-        if self.precision not in PRECISIONS:
-            raise SettingsError(f"precision {self.precision!r} is unknown; known are {', '.join(PRECISIONS)}")
         kind = self.device.partition(":")[0]
         if kind not in ("auto", "cpu", "cuda"):
             raise SettingsError(f"device {self.device!r} is unknown; known are auto, cpu and cuda")
+        self.engine_on(gpu=kind == "cuda")
+
+    def engine_on(self, *, gpu: bool) -> str:
+        """The engine that encoders on GPUs, or on CPUs, run with. Raises SettingsError if there is none."""
+        return choose_engine(self.engine, "cuda" if gpu else "cpu", self.precision)

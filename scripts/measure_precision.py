@@ -8,7 +8,9 @@ import random
 import numpy as np
 from draw_shapes import draw
 
-from clipfleet.encoder import PRECISIONS, Encoder
+from clipfleet.encoder import Encoder
+from clipfleet.engines import PRECISIONS
+from clipfleet.errors import SettingsError
 from clipfleet.images import decode
 
 
@@ -27,7 +29,11 @@ def main() -> None:
     print("| precision | cosine to float32, mean | lowest |\n| --- | --- | --- |")
     for precision in PRECISIONS:
         if precision != "float32":
-            vectors = Encoder(arguments.model, arguments.device, precision, ("image",)).encode_pixels(pixels)
+            try:
+                encoder = Encoder(arguments.model, arguments.device, precision, ("image",))
+            except SettingsError:  # not on this device
+                continue
+            vectors = encoder.encode_pixels(pixels)
             cosines = (vectors.astype(np.float64) * expected).sum(1)
             print(f"| {precision} | {cosines.mean():.8f} | {cosines.min():.8f} |")
 

@@ -16,6 +16,14 @@ from tests.library import Library
 from tests.pictures import encode
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Converted checkpoints of the tests, and of what they start, stay out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def pictures() -> list[Image.Image]:
     """Twelve drawn pictures of different sizes."""

@@ -52,12 +52,14 @@ def test_texts_and_images_are_projected_exactly_once(tmp_path: Path) -> None:
     folder = make_clip(tmp_path / "clip", dimension=32)
     model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     encoder = Encoder(str(folder), "cpu")
+    spec = encoder.checkpoint.pixels
     pixels = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), dtype=np.uint8)
     with torch.inference_mode():
         hidden = model.text_model(**tokenizer(["a red circle"], return_tensors="pt")).pooler_output
         once = model.text_projection(hidden)
         assert_single(encoder.encode_texts(["a red circle"]).vectors, hidden, once, model.text_projection(once))
-        scaled = (torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - encoder._mean) / encoder._std
+        scaled = (torch.from_numpy(pixels) / 255 - torch.tensor(spec.mean)) / torch.tensor(spec.std)
+        scaled = scaled.permute(0, 3, 1, 2)
         hidden = model.vision_model(pixel_values=scaled).pooler_output
         once = model.visual_projection(hidden)
         assert_single(encoder.encode_pixels(pixels), hidden, once, model.visual_projection(once))

@@ -16,7 +16,7 @@ TINY = {
     "context_length": 77,
     "image_size": 224,
     "precision": "float32",
-    "engine": "torch",
+    "engine": "openvino",
 }
 
 

@@ -128,7 +128,8 @@ class TestOptions:
             ({"bytes_column": "image", "path_column": "path"}, "one of the two"),
             ({"batch_size": 0}, "batch_size must be at least 1"),
             ({"actors": -1}, "actors"),
-            ({"precision": "int8"}, "int8"),
+            ({"precision": "int4"}, "int4"),
+            ({"precision": "int8", "device": "cuda"}, "int8 runs on CPUs"),
             ({"device": "tpu"}, "tpu"),
         ],
     )
