@@ -52,6 +52,13 @@ class LimitSettings(Settings):
         return formats
 
 
+class CacheSettings(Settings):
+    """Bytes of vectors that each ingress replica keeps for items that come again; 0 switches a cache off."""
+
+    text_bytes: Annotated[int, Field(ge=0)] = 64 * 1024 * 1024
+    image_bytes: Annotated[int, Field(ge=0)] = 0
+
+
 class ServiceSettings(Settings):
     """The `args` of the application: what is served, on what, within which limits."""
 
@@ -65,6 +72,7 @@ class ServiceSettings(Settings):
     threads_per_replica: Count | None = None
     exif_orientation: bool = True
     limits: LimitSettings = LimitSettings()
+    cache: CacheSettings = CacheSettings()
     api_keys: tuple[Annotated[str, Field(min_length=1)], ...] = ()
 
     @field_validator("device")

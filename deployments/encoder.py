@@ -33,6 +33,13 @@ class EncodedText(NamedTuple):
     tokens: int
 
 
+class Encoded(NamedTuple):
+    """What an encoder answers: its checkpoint's fingerprint, and a vector (d,), EncodedText or ClipfleetError an item."""
+
+    fingerprint: str
+    outcomes: list[Any]
+
+
 class EncoderReplica:
     """One tower on one device. Its model has run once before the replica counts as running."""
 
@@ -75,9 +82,9 @@ class EncoderReplica:
             )
         )
 
-    async def encode(self, items: Sequence[Any], deadline: float) -> list[Any]:
-        """Encode pixels (uint8 (H, W, 3) each) or texts: one vector, EncodedText or ClipfleetError an item."""
-        return await self._together((items, deadline, False))
+    async def encode(self, items: Sequence[Any], deadline: float) -> Encoded:
+        """Encode pixels (uint8 (H, W, 3) each) or texts."""
+        return Encoded(self._fingerprint, await self._together((items, deadline, False)))
 
     async def probe(self, deadline: float) -> float:
         """Seconds since this replica's model last returned; runs it once if that is more than 2 s."""

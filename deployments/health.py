@@ -29,6 +29,10 @@ class Health:
         for name in names:
             self._last_success[name] = time.monotonic()
 
+    def forget_model(self) -> None:
+        """Ask the encoders anew what they serve: one of them has changed."""
+        self._description.clear()
+
     @property
     def model(self) -> dict[str, Any] | None:
         """What the encoders say of their checkpoint; None until they run, or while they disagree."""

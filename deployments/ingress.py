@@ -31,12 +31,13 @@ from clipfleet.vectors import DType, rank, to_base64, to_npy
 from deployments import schemas
 from deployments.admission import Admission
 from deployments.bodies import Body, parse_json
+from deployments.cache import VectorCache
 from deployments.docs_page import add_schemas, render
 from deployments.encoder import EncodedText
 from deployments.gate import Gate, add_error_handlers, read_deadline
 from deployments.health import Health
 from deployments.inputs import Input, check_counts, read_items
-from deployments.pipeline import Outcome, Pipeline, seconds_left
+from deployments.pipeline import CheckpointChanged, Outcome, Pipeline, seconds_left
 from deployments.responses import error_body, error_response, json_response
 
 NPY = "application/x-npy"
@@ -57,6 +58,7 @@ class Ingress:
         self._settings = settings
         self._limits = settings.limits
         self._admission = Admission(settings.limits)
+        self._cache = VectorCache(settings.cache)
         self._pipeline = Pipeline(decoder, image_encoder, text_encoder)
         self._handles = {"ImageDecoder": decoder, "ImageEncoder": image_encoder, "TextEncoder": text_encoder}
         self._health: Health | None = None
@@ -149,7 +151,7 @@ class Ingress:
                 *read_items([wanted.query], "text", self._limits, "query"),
                 *read_items(wanted.candidates, "text", self._limits, "candidates"),
             ]
-            outcomes = await self._embed(inputs, deadline)
+            outcomes = await self._embed(inputs, deadline, model["fingerprint"])
         for number, outcome in enumerate(outcomes):
             if isinstance(outcome, ClipfleetError):
                 return error_response(outcome, "query" if number == 0 else f"candidates[{number - 1}]")
@@ -212,13 +214,25 @@ class Ingress:
         except TimeoutError:
             raise DeadlineExceeded("the deadline passed before the whole request had arrived") from None
 
-    async def _embed(self, inputs: Sequence[Input], deadline: float) -> list[Outcome]:
+    async def _embed(self, inputs: Sequence[Input], deadline: float, fingerprint: str) -> list[Outcome]:
+        """One outcome an input, in order: remembered or computed."""
+        known = self._cache.find(inputs, fingerprint)
+        missing = [item for number, item in enumerate(inputs) if number not in known]
+        computed = await self._compute(missing, deadline, fingerprint) if missing else []
+        self._cache.keep(missing, computed, fingerprint)
+        rest = iter(computed)
+        return [known[number] if number in known else next(rest) for number in range(len(inputs))]
+
+    async def _compute(self, inputs: Sequence[Input], deadline: float, fingerprint: str) -> list[Outcome]:
         images = sum(isinstance(item, bytes) for item in inputs)
         texts = sum(isinstance(item, str) for item in inputs)
         with self._admission.hold_items(images, texts, seconds_left(deadline)):
             try:
                 async with asyncio.timeout(seconds_left(deadline)):
-                    outcomes = await self._pipeline.embed(inputs, deadline)
+                    outcomes = await self._pipeline.embed(inputs, deadline, fingerprint)
+            except CheckpointChanged:
+                self._watch().forget_model()
+                raise
             except TimeoutError:
                 raise DeadlineExceeded("the deadline passed before every item had its vector") from None
         if any(isinstance(outcome, EncodedText) for outcome in outcomes):
@@ -233,14 +247,14 @@ class Ingress:
     async def _answer(
         self, inputs: Sequence[Input], options: schemas.Options, deadline: float, name: str, *, npy: bool
     ) -> Response:
-        outcomes = await self._embed(inputs, deadline)
+        model = self._check_model(None)
+        outcomes = await self._embed(inputs, deadline, model["fingerprint"])
         if options.on_error == "fail":
             for number, outcome in enumerate(outcomes):
                 if isinstance(outcome, ClipfleetError):
                     return error_response(outcome, f"{name}[{number}]")
         if npy:
-            return self._npy(outcomes, options.dtype)
-        model = self._check_model(None)
+            return _npy(outcomes, options.dtype, model["dimension"])
         tokens = sum(outcome.tokens for outcome in outcomes if isinstance(outcome, EncodedText))
         return json_response(
             {
@@ -252,15 +266,16 @@ class Ingress:
             }
         )
 
-    def _npy(self, outcomes: list[Outcome], dtype: DType) -> Response:
-        bad = {i: outcome for i, outcome in enumerate(outcomes) if isinstance(outcome, ClipfleetError)}
-        missing = np.full(self._check_model(None)["dimension"], np.nan, np.float32)
-        rows = [missing if i in bad else _vector(outcome) for i, outcome in enumerate(outcomes)]
-        response = Response(to_npy(np.stack(rows), dtype), media_type=NPY)
-        if bad:
-            listed = [{"index": i, "code": error.code} for i, error in bad.items()]
-            response.headers[ERRORS_HEADER] = orjson.dumps(listed).decode()
-        return response
+
+def _npy(outcomes: list[Outcome], dtype: DType, dimension: int) -> Response:
+    bad = {i: outcome for i, outcome in enumerate(outcomes) if isinstance(outcome, ClipfleetError)}
+    missing = np.full(dimension, np.nan, np.float32)
+    rows = [missing if i in bad else _vector(outcome) for i, outcome in enumerate(outcomes)]
+    response = Response(to_npy(np.stack(rows), dtype), media_type=NPY)
+    if bad:
+        listed = [{"index": i, "code": error.code} for i, error in bad.items()]
+        response.headers[ERRORS_HEADER] = orjson.dumps(listed).decode()
+    return response
 
 
 def _vector(outcome: Outcome) -> np.ndarray:

@@ -20,7 +20,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle
 
 from clipfleet.errors import ClipfleetError, Unavailable
-from deployments.encoder import EncodedText
+from deployments.encoder import Encoded, EncodedText
 from deployments.inputs import Input
 
 Outcome = np.ndarray | EncodedText | ClipfleetError  # an image's vector (d,), a text's, or what was wrong
@@ -32,6 +32,10 @@ _BYTES_A_CALL = 16 * 1024 * 1024
 _ATTEMPTS_A_REQUEST = 3
 # gRPC's words for "this call cannot work", which a second try would only repeat.
 _FINAL_STATUSES = (StatusCode.RESOURCE_EXHAUSTED, StatusCode.INVALID_ARGUMENT, StatusCode.UNIMPLEMENTED)
+
+
+class CheckpointChanged(Unavailable):
+    """An encoder has another checkpoint than the one that answers name."""
 
 
 class ReplicaLost(Exception):
@@ -60,8 +64,11 @@ class Pipeline:
         self.image_encoder = image_encoder
         self.text_encoder = text_encoder
 
-    async def embed(self, inputs: Sequence[Input], deadline: float) -> list[Outcome]:
-        """One outcome an input, in order. `deadline` is wall-clock time. Raises ServiceError for the whole request."""
+    async def embed(self, inputs: Sequence[Input], deadline: float, fingerprint: str) -> list[Outcome]:
+        """One outcome an input, in order, by encoders of that fingerprint. `deadline` is wall-clock time.
+
+        Raises ServiceError for the whole request; CheckpointChanged where an encoder has another fingerprint.
+        """
         outcomes: dict[int, Outcome] = {i: item for i, item in enumerate(inputs) if isinstance(item, ClipfleetError)}
         images = {i: len(item) for i, item in enumerate(inputs) if isinstance(item, bytes)}
         texts = [i for i, item in enumerate(inputs) if isinstance(item, str)]
@@ -73,7 +80,7 @@ class Pipeline:
         try:
             async with asyncio.TaskGroup() as group:  # one failed call ends its siblings
                 tasks = [
-                    (chunk, group.create_task(embed([inputs[i] for i in chunk], deadline, attempts)))
+                    (chunk, group.create_task(embed([inputs[i] for i in chunk], deadline, attempts, fingerprint)))
                     for chunk, embed in calls
                 ]
         except ExceptionGroup as failed:
@@ -82,16 +89,20 @@ class Pipeline:
             outcomes.update(zip(chunk, task.result(), strict=True))
         return [outcomes[i] for i in range(len(inputs))]
 
-    async def _embed_texts(self, texts: list[str], deadline: float, attempts: Attempts) -> list[Outcome]:
-        return await _again(lambda: self.text_encoder.encode.remote(texts, deadline), attempts)
+    async def _embed_texts(
+        self, texts: list[str], deadline: float, attempts: Attempts, fingerprint: str
+    ) -> list[Outcome]:
+        return _checked(await _again(lambda: self.text_encoder.encode.remote(texts, deadline), attempts), fingerprint)
 
-    async def _embed_images(self, images: list[bytes], deadline: float, attempts: Attempts) -> list[Outcome]:
+    async def _embed_images(
+        self, images: list[bytes], deadline: float, attempts: Attempts, fingerprint: str
+    ) -> list[Outcome]:
         outcomes = await self._decode(images, deadline, attempts)
         good = [i for i, outcome in enumerate(outcomes) if isinstance(outcome, np.ndarray)]
         if good:
             pixels = [outcomes[i] for i in good]
-            vectors = await _again(lambda: self.image_encoder.encode.remote(pixels, deadline), attempts)
-            for i, vector in zip(good, vectors, strict=True):
+            encoded = await _again(lambda: self.image_encoder.encode.remote(pixels, deadline), attempts)
+            for i, vector in zip(good, _checked(encoded, fingerprint), strict=True):
                 outcomes[i] = vector
         return outcomes
 
@@ -109,6 +120,12 @@ class Pipeline:
                 )
             )
         )
+
+
+def _checked(encoded: Encoded, fingerprint: str) -> list[Outcome]:
+    if encoded.fingerprint != fingerprint:
+        raise CheckpointChanged("the service is changing its checkpoint; try again", retry_after=5)
+    return encoded.outcomes
 
 
 def _spread(images: dict[int, int]) -> list[list[int]]:

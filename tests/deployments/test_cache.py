@@ -1,0 +1,87 @@
+"""Texts that come again are answered from the ingress' memory; never with another item's vector, never beyond its bound."""
+
+from __future__ import annotations
+
+from itertools import count
+from pathlib import Path
+
+import httpx
+import numpy as np
+import yaml
+
+from clipfleet.settings import CacheSettings
+from deployments.cache import VectorCache
+from deployments.encoder import EncodedText
+from tests.deployments.processes import until
+from tests.deployments.service import ROOT, Service, serving
+
+_unused = count()
+
+
+def embed(http: httpx.Client, *items: object) -> np.ndarray:
+    answer = http.post("/v1/embeddings", json={"input": list(items)})
+    assert answer.status_code == 200, answer.text
+    return np.array([entry["embedding"] for entry in answer.json()["data"]], np.float32)
+
+
+def lookups(service: Service, result: str, tower: str = "text") -> float:
+    return service.total("ray_clipfleet_cache_lookups_total", result=result, tower=tower)
+
+
+def test_a_text_that_comes_again_is_not_computed_again(service: Service, http: httpx.Client) -> None:
+    texts = [f"an unheard-of thing, number {next(_unused)}" for _ in range(5)]
+    hits, misses = lookups(service, "hit"), lookups(service, "miss")
+    first = embed(http, *texts)
+    mixed = embed(http, *reversed(texts), "and a new one")
+    assert np.array_equal(mixed[:5], first[::-1])
+    assert len(np.unique(np.round(mixed, 3), axis=0)) == 6
+    until(lambda: lookups(service, "hit") - hits >= 5, 60, "5 hits in the metrics")
+    assert (lookups(service, "hit") - hits, lookups(service, "miss") - misses) == (5, 6)
+
+
+def test_cached_texts_say_again_that_they_were_cut(http: httpx.Client) -> None:
+    text = f"{next(_unused)} red circle" * 60
+    answers = [http.post("/v1/embeddings", json={"input": text}).json() for _ in range(2)]
+    assert answers[0]["data"][0]["truncated"] is True
+    assert answers[0] == answers[1]
+
+
+def test_images_are_computed_each_time_unless_asked_for(
+    service: Service, http: httpx.Client, files: list[bytes], tmp_path: Path
+) -> None:
+    def post(client: httpx.Client, image: bytes) -> list[float]:
+        answer = client.post("/v1/embeddings/images", content=image, headers={"Content-Type": "image/png"})
+        return answer.json()["data"][0]["embedding"]
+
+    post(http, files[0])
+    assert lookups(service, "hit", "image") == lookups(service, "miss", "image") == 0
+
+    config = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
+    config["applications"][0]["args"]["cache"] = {"text_bytes": 0, "image_bytes": 1_000_000}
+    file = tmp_path / "cached.yaml"
+    file.write_text(yaml.safe_dump(config))
+    with serving(file) as cached, cached.client() as client:
+        vectors = [[post(client, image) for image in files] for _ in range(2)]
+        embed(client, "a red circle"), embed(client, "a red circle")
+        assert vectors[0] == vectors[1]
+        np.testing.assert_allclose(vectors[0][0], post(http, files[0]), atol=1e-5)
+        broken = [client.post("/v1/embeddings/images", content=b"\xff\xd8\xff", headers={"Content-Type": "image/jpeg"})
+                  for _ in range(2)]  # fmt: skip
+        assert [answer.status_code for answer in broken] == [422, 422]
+        until(lambda: lookups(cached, "hit", "image") >= len(files), 60, "hits in the metrics")
+        assert (lookups(cached, "hit"), lookups(cached, "hit", "image")) == (0, len(files))
+
+
+def test_the_bound_holds_and_the_least_recent_goes_first() -> None:
+    cache = VectorCache(CacheSettings(text_bytes=30_000))
+    store = cache._texts
+    for number in range(100):
+        cache.keep([str(number)], [EncodedText(np.full(512, number, np.float32), False, 3)], "one")
+        assert number < 7 or cache.find(["7"], "one")  # looked at each time, so it stays
+    assert 25_000 < store.bytes <= 30_000
+    found = {number for number in range(100) if cache.find([str(number)], "one")}
+    assert found == {7} | set(range(100 - len(found) + 1, 100))
+    for number in found:
+        outcome = cache.find([str(number)], "one")[0]
+        assert isinstance(outcome, EncodedText) and outcome.vector[0] == number
+    assert cache.find(["7"], "another") == {}, "another checkpoint's vectors are never a hit"
