@@ -108,6 +108,9 @@ def embed(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     precision: Annotated[str, typer.Option(help="float32, float16, bfloat16, or int8 on CPUs.")] = "float32",
     engine: Annotated[str, typer.Option(help="auto, torch or openvino (CPUs; auto takes it if installed).")] = "auto",
+    reduced_jpeg: Annotated[
+        bool, typer.Option("--reduced-jpeg", help="Decode large JPEGs at a fraction of their size: faster, less exact.")
+    ] = False,
 ) -> None:
     """Embed many images into Parquet files, streaming and resumable.
 
@@ -133,6 +136,7 @@ def embed(
                 device=device,
                 precision=precision,
                 engine=engine,
+                reduced_jpeg=reduced_jpeg,
             )
         )
         typer.echo(str(summary))

@@ -9,8 +9,8 @@ from __future__ import annotations
 import io
 import os
 import stat
-from dataclasses import dataclass
-from functools import cache, lru_cache
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -27,22 +27,29 @@ from clipfleet.errors import (
     ImageTooManyPixels,
     ImageUnreadable,
 )
+from clipfleet.resize import check_pixels, pad, resize, target_size
 
 ImageSource = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image
 
 PREPROCESSING_VERSION = 1  # part of the fingerprint: raise it whenever pixels change
 _MEGA = 1_000_000
+_REDUCED_AT_LEAST = 2  # times the wanted size
 _STRIP_ROWS = 256  # transparency is composited in strips, which bounds the copies that it makes
 
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What one image may cost. `max_pixels` also bounds the largest intermediate of the resizing."""
+    """What one image may cost, and how it is read.
+
+    `max_pixels` also bounds the largest intermediate of the resizing. `reduced_jpeg` decodes large JPEGs at a fraction of
+    their size: faster, and no longer equal to the reference bit for bit.
+    """
 
     max_bytes: int = 20 * 1024 * 1024
     max_pixels: int = 64 * _MEGA
     formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
     exif_orientation: bool = True
+    reduced_jpeg: bool = False
 
 
 DEFAULT_LIMITS = ImageLimits()
@@ -73,7 +80,7 @@ def _pixel_spec(model: str) -> PixelSpec:
 def decode(source: ImageSource, spec: PixelSpec, limits: ImageLimits = DEFAULT_LIMITS) -> Picture:
     """Decode one image to the size that `spec` asks for. Raises an ImageError."""
     if isinstance(source, Image.Image):
-        return to_picture(source, spec, limits)
+        return to_picture(source, spec, replace(limits, reduced_jpeg=False))  # the caller's image stays as it is
     data = read_file(source, limits) if isinstance(source, (str, os.PathLike)) else source
     with open_image(data, limits) as image:
         return to_picture(image, spec, limits)
@@ -151,20 +158,8 @@ def open_image(data: bytes | bytearray | memoryview, limits: ImageLimits = DEFAU
         raise ImageCorrupt(f"the {kind} header does not decode", format=kind) from error
     except Exception as error:  # Pillow's plugins raise whatever their parsing trips over
         raise ImageCorrupt(f"the {kind} header does not decode: {error}", format=kind) from error
-    _check_pixels(image.width, image.height, limits, "the image")
+    check_pixels(image.width, image.height, limits.max_pixels, "the image")
     return image
-
-
-def _check_pixels(width: int, height: int, limits: ImageLimits, what: str) -> None:
-    if width * height > limits.max_pixels:
-        raise ImageTooManyPixels(
-            f"{what} has {width} x {height} = {width * height:,} pixels; the limit is {limits.max_pixels:,}",
-            width=width,
-            height=height,
-            limit=limits.max_pixels,
-        )
-    if width < 1 or height < 1:
-        raise ImageCorrupt(f"{what} has no pixels: {width} x {height}", width=width, height=height)
 
 
 def decoding_bytes(image: Image.Image) -> int:
@@ -176,13 +171,19 @@ def decoding_bytes(image: Image.Image) -> int:
 def to_picture(image: Image.Image, spec: PixelSpec, limits: ImageLimits = DEFAULT_LIMITS) -> Picture:
     """Decode an opened image to the size that `spec` asks for. Raises an ImageError."""
     try:
-        _check_pixels(image.width, image.height, limits, "the image")
+        check_pixels(image.width, image.height, limits.max_pixels, "the image")
+        full = _reduce(image, spec) if limits.reduced_jpeg else None
         image.load()
-        if limits.exif_orientation:
-            image = _orient(image)
-        _check_pixels(image.width, image.height, limits, "the image")  # some formats learn their size while loading
-        pixels = np.array(_resize(_to_rgb(image), spec, limits))  # a copy: what Pillow gives is read-only
-        return Picture(np.ascontiguousarray(_pad(pixels, spec.size)), image.width, image.height)
+        turn = _orientation(image) if limits.exif_orientation else None
+        if turn is not None:
+            image = image.transpose(turn)
+        size = image.size  # some formats learn it while loading
+        if full is not None:
+            size = (full[1], full[0]) if turn in _SWAPS_EDGES else full
+        check_pixels(*size, limits.max_pixels, "the image")
+        resized = resize(_to_rgb(image), target_size(*size, spec), spec, limits.max_pixels)
+        pixels = np.array(resized)  # a copy: what Pillow gives is read-only
+        return Picture(np.ascontiguousarray(pad(pixels, spec.size)), *size)
     except ClipfleetError:
         raise
     except MemoryError as error:
@@ -203,13 +204,24 @@ _TRANSPOSE = {
 }
 
 
-def _orient(image: Image.Image) -> Image.Image:
+_SWAPS_EDGES = [_TRANSPOSE[orientation] for orientation in (5, 6, 7, 8)]
+
+
+def _orientation(image: Image.Image) -> Image.Transpose | None:
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # damaged metadata is no reason to refuse pixels that decode
-        return image
-    method = _TRANSPOSE.get(orientation) if isinstance(orientation, int) else None
-    return image if method is None else image.transpose(method)
+        return None
+    return _TRANSPOSE.get(orientation) if isinstance(orientation, int) else None
+
+
+def _reduce(image: Image.Image, spec: PixelSpec) -> tuple[int, int]:
+    """Let an opened JPEG decode at a half, a quarter or an eighth, but at twice the wanted size or more; returns its
+    whole size. Closer to the wanted size the decoder's averaging shows: docs/vectors.md has the measured cosines."""
+    width, height = target_size(*image.size, spec)
+    full = image.size
+    image.draft(None, (_REDUCED_AT_LEAST * width, _REDUCED_AT_LEAST * height))  # does nothing to other formats
+    return full
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -246,74 +258,3 @@ def _to_8_bit(values: np.ndarray) -> np.ndarray:
         low, high = 0.0, 1.0
     span = float(high) - float(low) or 1.0
     return np.round((values.astype(np.float64) - float(low)) * (255 / span)).astype(np.uint8)
-
-
-# Up to this many pixels the resized image is made whole and then cut, as the reference does it.
-_WHOLE_PIXELS = 4 * _MEGA
-
-
-def _resize(image: Image.Image, spec: PixelSpec, limits: ImageLimits) -> Image.Image:
-    """Resize and cut to at most `spec.size`.
-
-    A long strip would need gigabytes as a whole. Pillow resizes in two passes, one for each axis; running
-    them one after the other with the part that the crop drops cut between them gives the same bytes.
-    """
-    width, height = _target_size(image.width, image.height, spec)
-    if width * height <= _WHOLE_PIXELS:
-        image = image.resize((width, height), spec.resample)
-        return _cut(_cut(image, 0, spec.crop), 1, spec.crop)
-    for axis in (1, 0) if _height_first(image.size, (width, height)) else (0, 1):
-        size = (width, image.height) if axis == 0 else (image.width, height)
-        if size != image.size:
-            _check_pixels(*size, limits, "an intermediate of resizing this narrow image")
-            image = image.resize(size, spec.resample)
-        image = _cut(image, axis, spec.crop)
-    return image
-
-
-def _cut(image: Image.Image, axis: int, crop: tuple[int, int] | None) -> Image.Image:
-    """Cut an image to the centre `crop` (height, width) along one axis (0 is width); a smaller image stays."""
-    have = image.size[axis]
-    keep = have if crop is None else crop[1 - axis]
-    if have <= keep:
-        return image
-    start = (have - keep) // 2
-    if axis == 0:
-        return image.crop((start, 0, start + keep, image.height))
-    return image.crop((0, start, image.width, start + keep))
-
-
-def _height_first(size: tuple[int, int], target: tuple[int, int]) -> bool:
-    """Whether Pillow's resize of `size` to `target` (width, height) runs the pass over the height first."""
-    (width, height), (new_width, new_height) = size, target
-    return height > new_height and height - new_height > 2 * (width - new_width) and _pillow_reorders_passes()
-
-
-@cache
-def _pillow_reorders_passes() -> bool:
-    # Pillow 13 takes the height first where that shrinks the image more (the rule above was found by comparing
-    # 1,500 random sizes); older versions always take the width first. One picture tells which this is.
-    noise = np.random.default_rng(0).integers(0, 256, (96, 24), dtype=np.uint8)
-    image = Image.fromarray(noise)
-    width_first = image.resize((8, 96), 3).resize((8, 8), 3)
-    return image.resize((8, 8), 3).tobytes() != width_first.tobytes()
-
-
-def _target_size(width: int, height: int, spec: PixelSpec) -> tuple[int, int]:
-    if spec.shortest_edge is None:
-        assert spec.resize is not None
-        return spec.resize[1], spec.resize[0]
-    edge = spec.shortest_edge
-    if width <= height:
-        return edge, int(edge * height / width)
-    return int(edge * width / height), edge
-
-
-def _pad(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Centre pixels (h, w, 3) that are smaller than `size` on black, the odd row and column first, as the reference."""
-    missing = [wanted - have for wanted, have in zip(size, pixels.shape[:2], strict=True)]
-    if not any(missing):
-        return pixels
-    before = [-(-gap // 2) for gap in missing]
-    edges = [(first, gap - first) for first, gap in zip(before, missing, strict=True)]
-    return np.pad(pixels, [*edges, (0, 0)])  # (H, W, 3) uint8

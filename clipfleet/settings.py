@@ -71,6 +71,7 @@ class ServiceSettings(Settings):
     cpus_per_replica: Annotated[float, Field(gt=0)] = 1.0
     threads_per_replica: Count | None = None
     exif_orientation: bool = True
+    reduced_jpeg: bool = False
     limits: LimitSettings = LimitSettings()
     cache: CacheSettings = CacheSettings()
     api_keys: tuple[Annotated[str, Field(min_length=1)], ...] = ()

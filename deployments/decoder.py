@@ -20,14 +20,21 @@ from ray.serve.metrics import Counter
 from clipfleet.checkpoint import find_checkpoint
 from clipfleet.errors import DeadlineExceeded, ImageCrashedDecoder, ImageError
 from clipfleet.images import ImageLimits, decoding_bytes, open_image, to_picture
-from clipfleet.settings import LimitSettings, ServiceSettings
+from clipfleet.settings import ServiceSettings
 
 Pixels = np.ndarray | ImageError | DeadlineExceeded  # one image's outcome: (H, W, 3) uint8, or what was wrong
 
 
-def image_limits(limits: LimitSettings, exif_orientation: bool) -> ImageLimits:
-    """The part of the service's limits that concerns one image."""
-    return ImageLimits(limits.image_bytes, limits.image_pixels, limits.image_formats, exif_orientation)
+def image_limits(settings: ServiceSettings) -> ImageLimits:
+    """The part of the service's settings that concerns one image."""
+    limits = settings.limits
+    return ImageLimits(
+        limits.image_bytes,
+        limits.image_pixels,
+        limits.image_formats,
+        exif_orientation=settings.exif_orientation,
+        reduced_jpeg=settings.reduced_jpeg,
+    )
 
 
 class MemoryBudget:
@@ -58,7 +65,7 @@ class DecoderReplica:
     def __init__(self, settings: ServiceSettings) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides GPUs from nobody who asks for none
         self._spec = find_checkpoint(settings.model, weights=False).pixels
-        self._limits = image_limits(settings.limits, settings.exif_orientation)
+        self._limits = image_limits(settings)
         self._budget = MemoryBudget(settings.limits.decoding_bytes)
         self._threads = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="decode")
         self._children = asyncio.Semaphore(2)

@@ -18,7 +18,7 @@ import numpy as np
 
 from clipfleet.checkpoint import PixelSpec
 from clipfleet.errors import ClipfleetError, ImageCorrupt, ImageCrashedDecoder, JobError
-from clipfleet.images import DEFAULT_LIMITS, decode
+from clipfleet.images import DEFAULT_LIMITS, ImageLimits, decode
 
 TIMEOUT_S = 120  # the slowest image within the limits takes a few seconds; the rest is for slow disks
 _STARTS = 3
@@ -31,8 +31,9 @@ Reply = tuple[int, int] | str  # (width, height), with the pixels following, or 
 class DecodeProcess:
     """Decodes for one checkpoint, each image into memory of the caller."""
 
-    def __init__(self, spec: PixelSpec, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(self, spec: PixelSpec, limits: ImageLimits = DEFAULT_LIMITS, timeout_s: float = TIMEOUT_S) -> None:
         self.spec = spec
+        self.limits = limits
         self.timeout_s = timeout_s
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
@@ -58,7 +59,7 @@ class DecodeProcess:
         for _ in range(_STARTS):
             connection = self._launch()
             with suppress(EOFError, OSError):
-                connection.send(self.spec)
+                connection.send((self.spec, self.limits))
                 _receive(connection, self.timeout_s)  # so that no image is blamed for a process that never ran
                 return connection
             self.close()
@@ -94,18 +95,18 @@ def serve(descriptor: int) -> None:
     """Answer the parent until it closes the connection or dies."""
     connection = Connection(descriptor)
     with suppress(EOFError, OSError):
-        spec: PixelSpec = connection.recv()
+        spec, limits = connection.recv()
         connection.send("ready")
         while True:
-            pixels, reply = _decode(connection.recv(), spec)
+            pixels, reply = _decode(connection.recv(), spec, limits)
             connection.send(reply)
             if pixels is not None:
                 connection.send_bytes(pixels.data.cast("B"))
 
 
-def _decode(source: bytes | os.PathLike[str], spec: PixelSpec) -> tuple[np.ndarray | None, Reply]:
+def _decode(source: bytes | os.PathLike[str], spec: PixelSpec, limits: ImageLimits) -> tuple[np.ndarray | None, Reply]:
     try:
-        pixels, width, height = decode(source, spec, DEFAULT_LIMITS)
+        pixels, width, height = decode(source, spec, limits)
     except ClipfleetError as error:
         return None, error.code
     except Exception:  # whatever it is, it is this image's fault, and the others go on

@@ -18,7 +18,7 @@ from pyarrow import fs
 
 from clipfleet.checkpoint import PixelSpec
 from clipfleet.errors import ImageEmpty, ImageNotFound, ImageTooManyBytes, ImageUnreadable, JobError
-from clipfleet.images import DEFAULT_LIMITS
+from clipfleet.images import DEFAULT_LIMITS, ImageLimits
 from jobs.decode_process import DecodeProcess
 from jobs.ledger import read_task
 from jobs.sources import is_uri
@@ -33,14 +33,15 @@ class DecodePlan:
 
     tasks: Path
     spec: PixelSpec
+    limits: ImageLimits
     rows_per_file: int
     manifest: str | None
     bytes_column: str | None
 
 
 @lru_cache(maxsize=1)
-def _process(spec: PixelSpec) -> DecodeProcess:
-    return DecodeProcess(spec)  # lives as long as Ray's worker, over many tasks
+def _process(spec: PixelSpec, limits: ImageLimits) -> DecodeProcess:
+    return DecodeProcess(spec, limits)  # lives as long as Ray's worker, over many tasks
 
 
 def decode_tasks(batch: dict[str, np.ndarray], plan: DecodePlan) -> Iterator[pa.Table]:
@@ -49,16 +50,17 @@ def decode_tasks(batch: dict[str, np.ndarray], plan: DecodePlan) -> Iterator[pa.
         table = read_task(plan.tasks, int(number))
         contents = _contents(table, plan)
         for start in range(0, table.num_rows, plan.rows_per_file):
-            yield _decode(table.slice(start, plan.rows_per_file), contents, plan.spec)
+            yield _decode(table.slice(start, plan.rows_per_file), contents, plan)
 
 
-def _decode(table: pa.Table, contents: Iterator[Content], spec: PixelSpec) -> pa.Table:
-    pixels = np.empty((table.num_rows, *spec.size, 3), np.uint8)  # (n, H, W, 3)
+def _decode(table: pa.Table, contents: Iterator[Content], plan: DecodePlan) -> pa.Table:
+    process = _process(plan.spec, plan.limits)
+    pixels = np.empty((table.num_rows, *plan.spec.size, 3), np.uint8)  # (n, H, W, 3)
     outcomes: list[Outcome] = []
     good = 0
     for _ in range(table.num_rows):
         content = next(contents)
-        outcome = content if isinstance(content, str) else _process(spec).decode_into(content, pixels[good])
+        outcome = content if isinstance(content, str) else process.decode_into(content, pixels[good])
         good += not isinstance(outcome, str)
         outcomes.append(outcome)
     sizes = [(None, None, outcome) if isinstance(outcome, str) else (*outcome, None) for outcome in outcomes]

@@ -22,6 +22,7 @@ from typing import Any, cast
 from clipfleet.checkpoint import EMBEDDED, Checkpoint, find_checkpoint
 from clipfleet.errors import ClipfleetError, JobError, SettingsError
 from clipfleet.fingerprint import fingerprint
+from clipfleet.images import ImageLimits
 from jobs import manifests, output
 from jobs.decoding import DecodePlan, decode_tasks
 from jobs.destination import Claim, claim
@@ -174,7 +175,12 @@ def _execute(
         resources = place(options.actors, options.cpus_per_actor, options.gpus_per_actor, options.device, own)
         origin = replace(origin, engine=options.engine_on(gpu=resources.gpus > 0))
         decode = DecodePlan(
-            work.tasks, checkpoint.pixels, work.rows_per_file, work.source.manifest, work.source.bytes_column
+            work.tasks,
+            checkpoint.pixels,
+            ImageLimits(reduced_jpeg=options.reduced_jpeg),
+            work.rows_per_file,
+            work.source.manifest,
+            work.source.bytes_column,
         )
         encode = EncodePlan(
             claimed, origin, _everywhere(checkpoint), options.device, options.batch_size, resources.threads

@@ -32,6 +32,7 @@ class EmbedOptions:
     device: str = "auto"
     precision: str = "float32"
     engine: str = "auto"
+    reduced_jpeg: bool = False
     gpus_per_actor: float = 1.0
     cpus_per_actor: float | None = None
     rows_per_file: int = 256

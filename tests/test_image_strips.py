@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clipfleet import images
+from clipfleet import resize
 from clipfleet.checkpoint import PixelSpec
 from clipfleet.errors import ImageTooManyPixels
 from clipfleet.images import decode
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def strips_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "_WHOLE_PIXELS", 0)
+    monkeypatch.setattr(resize, "_WHOLE_PIXELS", 0)
 
 
 @pytest.mark.usefixtures("strips_only")

@@ -22,7 +22,7 @@ HOMES = {
     "nncf": {"openvino_engine"},
     "transformers": {"encoder"},
     "safetensors": {"towers"},
-    "PIL": {"images", "embedder", "samples"},
+    "PIL": {"images", "resize", "embedder", "samples"},
     "huggingface_hub": {"checkpoint", "catalogue"},
     "yaml": {"settings"},
     "pydantic": {"settings"},
