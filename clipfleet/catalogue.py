@@ -16,7 +16,9 @@ def served_models(url: str, api_key: str | None = None) -> list[dict[str, Any]]:
 
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
-        answer = httpx.get(url.rstrip("/") + "/v1/models", headers=headers, timeout=30)
+        # A proxy of the environment is for other machines.
+        local = httpx.URL(url).host in ("127.0.0.1", "::1", "localhost")
+        answer = httpx.get(url.rstrip("/") + "/v1/models", headers=headers, timeout=30, trust_env=not local)
         answer.raise_for_status()
         return answer.json()["data"]
     except httpx.HTTPStatusError as error:

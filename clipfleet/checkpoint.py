@@ -17,6 +17,7 @@ MODEL_TYPES = ("clip", "siglip")
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
 _CONFIG_FILES = ["*.json", "*.txt", "*.model"]
 _WEIGHT_FILES = ["model*.safetensors"]
+_LARGEST_EDGE = 4096
 _CONVERTER = ("SFconvertbot", "Adding `safetensors` variant of this model")  # who, and under which title
 _OFFLINE_HINT = "`tiny` (the embedded checkpoint) works offline: --model tiny"
 
@@ -67,7 +68,10 @@ class Checkpoint:
         if single.is_file():
             return [single]
         if index.is_file():
-            files = [self.folder / file for file in sorted(set(_read_json(index, self.name)["weight_map"].values()))]
+            listed = _read_json(index, self.name).get("weight_map")
+            if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()) or not listed:
+                raise CheckpointUnsupported(f"checkpoint {self.name!r}: {index.name} has no weight_map", name=self.name)
+            files = [self.folder / file for file in sorted(set(listed.values()))]
             for file in files:
                 if not file.is_file():
                     raise CheckpointUnsupported(f"checkpoint {self.name!r} lacks its file {file.name}", name=self.name)
@@ -177,6 +181,10 @@ def _read_pixel_spec(folder: Path, name: str, model_type: str) -> PixelSpec:
     settings: dict[str, Any] | None = None
     if (folder / "processor_config.json").is_file():
         settings = _read_json(folder / "processor_config.json", name).get("image_processor")
+        if settings is not None and not isinstance(settings, dict):
+            raise CheckpointUnsupported(
+                f"checkpoint {name!r}: processor_config.json: image_processor is no object", name=name
+            )
     if settings is None:
         settings = _read_json(folder / "preprocessor_config.json", name)
     try:
@@ -222,7 +230,7 @@ def parse_pixel_spec(settings: dict[str, Any], model_type: str) -> PixelSpec:
     crop = _parse_crop(merged["crop_size"]) if merged["do_center_crop"] else None
     if crop is None and resize is None:
         raise ValueError("without a centre crop, size must give height and width")
-    return PixelSpec(
+    spec = PixelSpec(
         shortest_edge=shortest_edge,
         resize=resize,
         crop=crop,
@@ -231,6 +239,14 @@ def parse_pixel_spec(settings: dict[str, Any], model_type: str) -> PixelSpec:
         mean=tuple(float(value) for value in merged["image_mean"]),
         std=tuple(float(value) for value in merged["image_std"]),
     )
+    edges = [edge for edge in (shortest_edge, *(resize or ()), *(crop or ())) if edge is not None]
+    if not all(1 <= edge <= _LARGEST_EDGE for edge in edges):
+        raise ValueError(f"sizes must lie between 1 and {_LARGEST_EDGE} pixels, not {edges}")
+    if not 0 <= spec.resample <= 5:
+        raise ValueError(f"resample {spec.resample} is no filter; there are 0 to 5")
+    if len(spec.mean) != 3 or len(spec.std) != 3 or min(spec.std) <= 0 or spec.rescale <= 0:
+        raise ValueError("image_mean and image_std must hold three numbers, std and rescale_factor above 0")
+    return spec
 
 
 def _parse_size(size: Any, processor: str) -> tuple[int | None, tuple[int, int] | None]:
@@ -240,7 +256,10 @@ def _parse_size(size: Any, processor: str) -> tuple[int | None, tuple[int, int] 
         return None, (int(size[0]), int(size[1]))
     if set(size) == {"height", "width"}:
         return None, (int(size["height"]), int(size["width"]))
-    if set(size) == {"shortest_edge"}:
+    if "shortest_edge" in size and set(size) <= {
+        "shortest_edge",
+        "longest_edge",
+    }:  # the reference passes over the latter
         return int(size["shortest_edge"]), None
     raise ValueError(f"size {size!r} is not supported for a {processor} processor")
 

@@ -42,9 +42,13 @@ def _encode_images(encoder: Encoder, paths: Sequence[Path]) -> Iterator[Row]:
     vectors = iter(encoder.encode_pixels(np.stack(good)) if good else ())
     for path, outcome in zip(paths, decoded, strict=True):
         if isinstance(outcome, np.ndarray):
-            yield Row(str(path), next(vectors), None, encoder.dimension)
+            yield Row(_printable(path), next(vectors), None, encoder.dimension)
         else:
-            yield Row(str(path), None, outcome.code, encoder.dimension)
+            yield Row(_printable(path), None, outcome.code, encoder.dimension)
+
+
+def _printable(path: Path) -> str:
+    return str(path).encode("utf-8", "backslashreplace").decode()  # a name need not be valid Unicode
 
 
 def _decode(encoder: Encoder, path: Path) -> np.ndarray | ImageError:

@@ -18,6 +18,8 @@ from clipfleet.engines import choose_engine
 from clipfleet.errors import CheckpointUnsupported, ClipfleetError, InvalidRequest
 
 Tower = Literal["image", "text"]
+_TEXTS_AT_ONCE = 256  # bounds the memory of a forward pass: 0.6 GB at ViT-B/32's full context
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
 
 
 class EncodedTexts(NamedTuple):
@@ -60,9 +62,7 @@ class Encoder:
             self.context_length: int = config.text_config.max_position_embeddings
             self._check_pixels()
             self.logit_scale, self.logit_bias = _read_logits(self.checkpoint)
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(self.checkpoint.folder) if "text" in towers else None
-            if self._tokenizer and self.checkpoint.model_type == "clip":
-                self._tokenizer.padding_side = "right"  # its causal tower sees padding on the left
+            self._tokenizer: Any = self._load_tokenizer(config) if "text" in towers else None
             self._models = {tower: self._load(tower, config) for tower in towers}
 
     def _check_pixels(self) -> None:
@@ -72,6 +72,22 @@ class Encoder:
                 f"checkpoint {self.checkpoint.name!r} is inconsistent: its image processor makes {height} x {width} "
                 f"pixels, its vision tower takes {self.image_size} x {self.image_size}"
             )
+
+    def _load_tokenizer(self, config: Any) -> Any:
+        folder, name = self.checkpoint.folder, self.checkpoint.name
+        if not any((folder / file).is_file() for file in _TOKENIZER_FILES):  # transformers would make an empty one
+            raise CheckpointUnsupported(f"checkpoint {name!r} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)}")
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        if len(tokenizer) > config.text_config.vocab_size:
+            raise CheckpointUnsupported(
+                f"checkpoint {name!r} is inconsistent: its tokenizer has {len(tokenizer)} tokens, its text tower "
+                f"{config.text_config.vocab_size}"
+            )
+        if self.checkpoint.model_type == "clip":
+            tokenizer.padding_side = "right"  # the causal tower sees padding on the left
+            if not isinstance(config.text_config.eos_token_id, int):
+                raise CheckpointUnsupported(f"checkpoint {name!r}: config.json gives its text tower no eos_token_id")
+        return tokenizer
 
     def _load(self, tower: Tower, config: Any) -> Any:
         if self.engine == "torch":
@@ -113,10 +129,15 @@ class Encoder:
 
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
         """Encode texts to unit vectors (n, d) float32. Texts longer than the context are cut, and say so."""
-        if not texts:
-            return EncodedTexts(np.zeros((0, self.dimension), np.float32), [], [])
-        inputs, counts, truncated = self._tokenize(list(texts))
-        return EncodedTexts(_unit(self._models["text"](*inputs)), truncated, counts)
+        vectors = [np.zeros((0, self.dimension), np.float32)]
+        truncated: list[bool] = []
+        tokens: list[int] = []
+        for start in range(0, len(texts), _TEXTS_AT_ONCE):
+            inputs, counts, cut = self._tokenize(list(texts[start : start + _TEXTS_AT_ONCE]), start)
+            vectors.append(_unit(self._models["text"](*inputs)))
+            tokens += counts
+            truncated += cut
+        return EncodedTexts(np.concatenate(vectors), truncated, tokens)
 
     def close(self) -> None:
         """Let go of the weights; the encoder cannot be used afterwards."""
@@ -126,12 +147,15 @@ class Encoder:
 
             free_memory()
 
-    def _tokenize(self, texts: list[str]) -> tuple[tuple[np.ndarray, ...], list[int], list[bool]]:
-        """What the tower takes, (n, length) int64 each; how many tokens each text has in it; and whether it was cut."""
+    def _tokenize(self, texts: list[str], first: int = 0) -> tuple[tuple[np.ndarray, ...], list[int], list[bool]]:
+        """What the tower takes, (n, length) int64 each; how many tokens each text has in it; and whether it was cut.
+
+        `first` is the place of the first text in the caller's list.
+        """
         assert self._tokenizer is not None, "the text tower was not loaded"
         for index, text in enumerate(texts):
             if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-                raise InvalidRequest("the text holds a lone surrogate, which is no character", index=index)
+                raise InvalidRequest("the text holds a lone surrogate, which is no character", index=first + index)
         context = self.context_length
         siglip = self.checkpoint.model_type == "siglip"  # was trained with every text padded to the context
         with self._tokenizing:

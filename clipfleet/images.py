@@ -33,8 +33,9 @@ ImageSource = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Im
 
 PREPROCESSING_VERSION = 1  # part of the fingerprint: raise it whenever pixels change
 _MEGA = 1_000_000
+_JPEG_SCANS, _PNG_CHUNKS = 100, 10_000
 _REDUCED_AT_LEAST = 2  # times the wanted size
-_STRIP_ROWS = 256  # transparency is composited in strips, which bounds the copies that it makes
+_STRIP_ROWS = 256  # some conversions go in strips, which bounds the copies that they make
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ def decode(source: ImageSource, spec: PixelSpec, limits: ImageLimits = DEFAULT_L
     if isinstance(source, Image.Image):
         return to_picture(source, spec, replace(limits, reduced_jpeg=False))  # the caller's image stays as it is
     data = read_file(source, limits) if isinstance(source, (str, os.PathLike)) else source
+    if not isinstance(data, (bytes, bytearray, memoryview)):
+        raise TypeError(f"an image is a path, bytes or a PIL image, not {type(data).__name__}")
     with open_image(data, limits) as image:
         return to_picture(image, spec, limits)
 
@@ -120,8 +123,8 @@ def _check_bytes(size: int, limits: ImageLimits) -> None:
 
 
 def sniff(head: bytes | memoryview) -> str | None:
-    """Name the format whose signature `head` (the first 32 bytes or more) starts with, or None."""
-    head = bytes(head[:32])
+    """Name the format whose signature `head` (the first 64 bytes or more) starts with, or None."""
+    head = bytes(head[:64])
     if head.startswith(b"\xff\xd8\xff"):
         return "JPEG"
     if head.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -134,8 +137,11 @@ def sniff(head: bytes | memoryview) -> str | None:
         return "BMP"
     if head.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
         return "TIFF"
-    if head[4:8] == b"ftyp" and head[8:12] in (b"avif", b"avis", b"mif1", b"msf1"):
-        return "AVIF"
+    if head[4:8] == b"ftyp":
+        length = int.from_bytes(head[:4], "big")  # of the box: a brand, a version, and brands it is compatible with
+        brands = {head[start : start + 4] for start in (8, *range(16, min(length, len(head)), 4))}
+        if brands & {b"avif", b"avis"}:  # others in this container are HEIC and films
+            return "AVIF"
     return None
 
 
@@ -148,6 +154,7 @@ def open_image(data: bytes | bytearray | memoryview, limits: ImageLimits = DEFAU
     if kind is None or kind not in limits.formats:
         found = f"the image is {kind}" if kind else "the first bytes are no signature of an image format"
         raise ImageFormatUnsupported(f"{found}; accepted are {', '.join(limits.formats)}", format=kind)
+    _check_parts(data if isinstance(data, bytes) else bytes(data), kind)
     try:
         image = Image.open(io.BytesIO(data), formats=[kind])
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -159,13 +166,43 @@ def open_image(data: bytes | bytearray | memoryview, limits: ImageLimits = DEFAU
     except Exception as error:  # Pillow's plugins raise whatever their parsing trips over
         raise ImageCorrupt(f"the {kind} header does not decode: {error}", format=kind) from error
     check_pixels(image.width, image.height, limits.max_pixels, "the image")
+    if kind == "TIFF":  # Pillow decodes whole tiles, whatever the image's own size
+        width, length = (_tag(image, tag) for tag in (ExifTags.Base.TileWidth, ExifTags.Base.TileLength))
+        check_pixels(width, length, limits.max_pixels, "a tile of the TIFF")
     return image
+
+
+def _tag(image: Image.Image, tag: int) -> int:
+    value = image.tag_v2.get(tag)  # type: ignore[attr-defined]  # a TiffImageFile
+    return value if isinstance(value, int) and value > 0 else 1
+
+
+def _check_parts(data: bytes, kind: str) -> None:
+    """Refuse files whose many small parts take a decoder far longer than their pixels would."""
+    if kind == "JPEG":
+        # A scan may touch every pixel: 95 bytes cost as much as the rest of the file. Encoders write about ten.
+        scans = data.count(b"\xff\xda")
+        if scans > _JPEG_SCANS:
+            raise ImageCorrupt(f"the JPEG has {scans} scans; the limit is {_JPEG_SCANS}", format=kind)
+    elif kind == "PNG":
+        chunks, start = 0, 8
+        while start + 8 <= len(data):
+            chunks += data[start + 4 : start + 8] != b"IDAT"
+            if chunks > _PNG_CHUNKS:
+                raise ImageCorrupt(f"the PNG has more than {_PNG_CHUNKS:,} chunks beside its pixels", format=kind)
+            start += 12 + int.from_bytes(data[start : start + 4], "big")
 
 
 def decoding_bytes(image: Image.Image) -> int:
     """Estimate the memory in bytes that decoding an opened image takes at its peak, before it is resized."""
-    copies = 1 if image.mode in ("RGB", "L", "1") else 2  # converting and turning hold the original as well
-    return image.width * image.height * 4 * copies  # Pillow keeps most modes at 4 bytes a pixel
+    # Pillow keeps most modes at 4 bytes a pixel. Measured over that at 62 megapixels: Pillow's WebP and AVIF hold frames of
+    # their own, wide greys are copied to be scaled, and a JPEG may be progressive and may be turned.
+    copies = {"WEBP": 4, "AVIF": 3, "JPEG": 2}.get(image.format or "", 1)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        copies += 2
+    elif image.mode not in ("RGB", "L", "1"):
+        copies += 1  # converting and turning hold the original as well
+    return image.width * image.height * 4 * copies
 
 
 def to_picture(image: Image.Image, spec: PixelSpec, limits: ImageLimits = DEFAULT_LIMITS) -> Picture:
@@ -249,12 +286,16 @@ _FROM_16_BIT = np.round(np.arange(65536) * (255 / 65535)).astype(np.uint8)
 
 def _to_8_bit(values: np.ndarray) -> np.ndarray:
     """Scale wide grey values (H, W) to uint8; the reference would saturate them."""
-    if not np.isfinite(values).all():
+    low, high = values.min(), values.max()  # NaN where there is one
+    if not (np.isfinite(low) and np.isfinite(high)):
         raise ImageCorrupt("the image holds values that are not finite")
-    low, high = values.min(), values.max()
     if values.dtype.kind in "iu" and low >= 0 and high <= 65535:
         return _FROM_16_BIT[values]
     if values.dtype.kind == "f" and low >= 0 and high <= 1:
         low, high = 0.0, 1.0
     span = float(high) - float(low) or 1.0
-    return np.round((values.astype(np.float64) - float(low)) * (255 / span)).astype(np.uint8)
+    scaled = np.empty(values.shape, np.uint8)
+    for top in range(0, len(values), _STRIP_ROWS):
+        rows = slice(top, top + _STRIP_ROWS)
+        scaled[rows] = np.round((values[rows].astype(np.float64) - float(low)) * (255 / span))
+    return scaled

@@ -26,7 +26,7 @@ import numpy as np
 from loguru import logger
 
 from clipfleet.checkpoint import Checkpoint
-from clipfleet.errors import CheckpointUnsupported
+from clipfleet.errors import CheckpointUnsupported, SettingsError
 from clipfleet.fingerprint import fingerprint
 
 # openvino and nncf report each import and conversion to their makers unless this package is missing.
@@ -100,13 +100,7 @@ def _exported(
     """The converted tower's file; converts it if nobody has yet."""
     version = openvino.get_version().split("-")[0]
     name = f"{fingerprint(checkpoint)}-{tower}-{precision}-openvino{version}-{_FORMAT}"
-    try:
-        base = cache_folder()
-        base.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        base = Path(tempfile.gettempdir()) / f"clipfleet-engines-{os.getuid()}"
-        base.mkdir(mode=0o700, exist_ok=True)
-        logger.warning("{} cannot be written ({}); converted checkpoints are kept in {}", cache_folder(), error, base)
+    base = _writable_folder(name)
     done = base / name
     if not done.is_dir():
         with _locked(base / f"{name}.lock"):
@@ -116,6 +110,26 @@ def _exported(
                     shutil.copytree(making, f"{making}-done")
                 os.rename(f"{making}-done", done)
     return done / "model.xml"
+
+
+def _writable_folder(name: str) -> Path:
+    """The cache folder if it holds `name` or can be written, otherwise one of this user's alone among temporary files."""
+    try:
+        base = cache_folder()
+        if (base / name).is_dir():
+            return base
+        base.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=base).close()
+        return base
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+        base = Path(tempfile.gettempdir()) / f"clipfleet-engines-{os.getuid()}"
+        base.mkdir(mode=0o700, exist_ok=True)
+        if base.stat().st_uid != os.getuid():
+            raise SettingsError(
+                f"{base} belongs to somebody else; name a folder for caches: XDG_CACHE_HOME=..."
+            ) from error
+        logger.warning("the cache folder cannot be written ({}); converted checkpoints are kept in {}", error, base)
+        return base
 
 
 @contextmanager

@@ -36,7 +36,7 @@ class LimitSettings(Settings):
     texts_per_request: Count = 2048
     text_characters: Count = 100_000
     image_bytes: Count = 20 * 1024 * 1024
-    image_pixels: Count = 64_000_000
+    image_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = 64_000_000  # Pillow's own limit stands behind ours
     image_formats: tuple[str, ...] = IMAGE_FORMATS
     deadline_s: Annotated[float, Field(gt=0)] = 30.0
     inflight_items: Count = 4096
@@ -113,9 +113,9 @@ def _explain(problem: Any, where: str) -> str:
 
 def service_settings(args: dict[str, Any]) -> ServiceSettings:
     """The application's args as settings. API keys also come from CLIPFLEET_API_KEYS (comma-separated)."""
+    settings: ServiceSettings = parse(ServiceSettings, args, "args")
     keys = [key.strip() for key in os.environ.get("CLIPFLEET_API_KEYS", "").split(",") if key.strip()]
-    merged = {**args, "api_keys": [*(args.get("api_keys") or ()), *keys]} if keys else args
-    return parse(ServiceSettings, merged, "args")
+    return settings.model_copy(update={"api_keys": (*settings.api_keys, *keys)})
 
 
 def check_batching(

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import pickle
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -18,11 +15,12 @@ import numpy as np
 from ray.serve.metrics import Counter
 
 from clipfleet.checkpoint import find_checkpoint
-from clipfleet.errors import DeadlineExceeded, ImageCrashedDecoder, ImageError
+from clipfleet.decode_process import DecodeProcess
+from clipfleet.errors import ClipfleetError, DeadlineExceeded, ImageCrashedDecoder, ImageError
 from clipfleet.images import ImageLimits, decoding_bytes, open_image, to_picture
 from clipfleet.settings import ServiceSettings
 
-Pixels = np.ndarray | ImageError | DeadlineExceeded  # one image's outcome: (H, W, 3) uint8, or what was wrong
+Pixels = np.ndarray | ClipfleetError  # one image's outcome: (H, W, 3) uint8, or what was wrong
 
 
 def image_limits(settings: ServiceSettings) -> ImageLimits:
@@ -82,10 +80,10 @@ class DecoderReplica:
         work = (loop.run_in_executor(self._threads, self._decode, image, deadline) for image in images)
         return list(await asyncio.gather(*work))
 
-    async def decode_alone(self, image: bytes, deadline: float) -> Pixels:
-        """Decode one image in a child process: for an image that may have ended the replica that held it."""
+    async def decode_apart(self, images: Sequence[bytes], deadline: float) -> list[Pixels]:
+        """As decode, in a child process: for images one of which may have ended the replica that held them."""
         async with self._children:
-            return await asyncio.to_thread(self._decode_in_child, image, deadline)
+            return await asyncio.to_thread(self._decode_apart, images, deadline)
 
     async def probe(self, deadline: float) -> float:
         """Decode one pixel. Returns 0, the seconds since this replica last worked."""
@@ -104,17 +102,24 @@ class DecoderReplica:
             self._errors.inc(tags={"code": error.code})
             return error
 
-    def _decode_in_child(self, data: bytes, deadline: float) -> Pixels:
-        command = [sys.executable, "-m", "deployments.decode_child"]
-        job = pickle.dumps((data, self._spec, self._limits))
+    def _decode_apart(self, images: Sequence[bytes], deadline: float) -> list[Pixels]:
+        child = DecodeProcess(self._spec, self._limits)
         try:
-            done = subprocess.run(command, input=job, capture_output=True, timeout=max(0.1, deadline - time.time()))
-        except subprocess.TimeoutExpired:
+            return [self._decode_in(child, image, deadline) for image in images]
+        finally:
+            child.close()
+
+    def _decode_in(self, child: DecodeProcess, image: bytes, deadline: float) -> Pixels:
+        pixels = np.empty((*self._spec.size, 3), np.uint8)
+        left = deadline - time.time()
+        # One try: with the replica that died it is the second.
+        reply = child.decode_into(image, pixels, timeout_s=left, tries=1) if left > 0 else None
+        if reply is None or (isinstance(reply, ImageCrashedDecoder) and time.time() >= deadline):
             return DeadlineExceeded("the deadline passed while the image was decoded")
-        if done.returncode == 0:
-            return pickle.loads(done.stdout)
-        self._errors.inc(tags={"code": ImageCrashedDecoder.code})
-        return ImageCrashedDecoder("the process that decoded this image died, twice")
+        if isinstance(reply, ClipfleetError):
+            self._errors.inc(tags={"code": reply.code})
+            return reply
+        return pixels
 
 
 # A black PNG of one pixel.

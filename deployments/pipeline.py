@@ -110,16 +110,9 @@ class Pipeline:
         try:
             return await _call(self.decoder.decode.remote(images, deadline))
         except ReplicaLost:
-            logger.warning("a decoder died with {} images; trying each alone", len(images))
+            logger.warning("a decoder died with {} images; trying them in a process of their own", len(images))
         # One of these images may be what killed it, so none goes near another replica's process again.
-        return list(
-            await asyncio.gather(
-                *(
-                    _again(lambda image=image: self.decoder.decode_alone.remote(image, deadline), attempts)
-                    for image in images
-                )
-            )
-        )
+        return await _again(lambda: self.decoder.decode_apart.remote(images, deadline), attempts)
 
 
 def _checked(encoded: Encoded, fingerprint: str) -> list[Outcome]:

@@ -79,7 +79,7 @@ def _wait_until_ready(service: Service, arguments: dict[str, Any]) -> str:
     state = "no answer"
     while time.monotonic() < deadline:
         try:
-            answer = httpx.get(f"{base}/readyz", timeout=10)
+            answer = httpx.get(f"{base}/readyz", timeout=10, trust_env=False)
             if answer.status_code == 200:
                 return arguments.get("served_model_name") or arguments["model"]
             state = answer.text

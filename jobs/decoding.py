@@ -14,17 +14,16 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyarrow import fs
 
 from clipfleet.checkpoint import PixelSpec
-from clipfleet.errors import ImageEmpty, ImageNotFound, ImageTooManyBytes, ImageUnreadable, JobError
-from clipfleet.images import DEFAULT_LIMITS, ImageLimits
-from jobs.decode_process import DecodeProcess
+from clipfleet.decode_process import DecodeProcess, Reply, Uri
+from clipfleet.errors import ClipfleetError, ImageEmpty, ImageNotFound, JobError
+from clipfleet.images import ImageLimits
 from jobs.ledger import read_task
 from jobs.sources import is_uri
 
 Outcome = tuple[int, int] | str  # (width, height) or an error's code
-Content = Path | bytes | str  # a local path, an image's bytes, or the code of an error
+Content = Path | Uri | bytes | str  # where an image is, its bytes, or the code of an error
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def _decode(table: pa.Table, contents: Iterator[Content], plan: DecodePlan) -> p
     good = 0
     for _ in range(table.num_rows):
         content = next(contents)
-        outcome = content if isinstance(content, str) else process.decode_into(content, pixels[good])
+        outcome = content if isinstance(content, str) else _outcome(process.decode_into(content, pixels[good]))
         good += not isinstance(outcome, str)
         outcomes.append(outcome)
     sizes = [(None, None, outcome) if isinstance(outcome, str) else (*outcome, None) for outcome in outcomes]
@@ -69,6 +68,10 @@ def _decode(table: pa.Table, contents: Iterator[Content], plan: DecodePlan) -> p
         kind = pa.string() if name == "error" else pa.int32()
         rows = rows.append_column(name, pa.array([size[column] for size in sizes], kind))
     return _row(rows, pixels[:good])
+
+
+def _outcome(reply: Reply) -> Outcome:
+    return reply.code if isinstance(reply, ClipfleetError) else reply
 
 
 def _row(rows: pa.Table, pixels: np.ndarray) -> pa.Table:
@@ -97,20 +100,7 @@ def _locate(place: bytes | None) -> Content:
     if place is None:
         return ImageNotFound.code
     path = place.decode("utf-8", "surrogateescape")
-    return _fetch(path) if is_uri(path) else Path(path)
-
-
-def _fetch(uri: str) -> Content:
-    """Read an object of a remote file system, without reading more than the limit."""
-    try:
-        filesystem, path = fs.FileSystem.from_uri(uri)
-        with filesystem.open_input_stream(path) as stream:
-            content = stream.read(DEFAULT_LIMITS.max_bytes + 1)
-    except FileNotFoundError:
-        return ImageNotFound.code
-    except (OSError, pa.ArrowException):
-        return ImageUnreadable.code
-    return ImageTooManyBytes.code if len(content) > DEFAULT_LIMITS.max_bytes else content
+    return Uri(path) if is_uri(path) else Path(path)
 
 
 def _from_manifest(manifest: str, column: str, wanted: list[int]) -> Iterator[Content]:

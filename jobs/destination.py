@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from clipfleet.errors import JobError
+from clipfleet.errors import JobError, SettingsError
 
 _PRIVATE = ".clipfleet"
 
@@ -60,14 +60,16 @@ class Claim:
 
 @contextmanager
 def claim(dest: str) -> Iterator[Claim]:
-    """Make DEST and hold it. Raises JobError if another job does, or if it cannot be written."""
+    """Make DEST and hold it. Raises SettingsError if it can be no folder, JobError if it cannot be written or is held."""
     folder = Path(dest).expanduser().absolute()
     if "://" in dest:
-        raise JobError(f"DEST must be a local folder, not {dest!r}")
+        raise SettingsError(f"DEST must be a local folder, not {dest!r}")
     private = folder / _PRIVATE
     try:
         private.mkdir(parents=True, exist_ok=True)
         lock = (private / "lock").open("w")
+    except (FileExistsError, NotADirectoryError):
+        raise SettingsError(f"DEST {str(folder)!r} is no folder") from None
     except OSError as error:
         raise JobError(f"cannot write to DEST {str(folder)!r}: {error.strerror or error}") from error
     with lock:

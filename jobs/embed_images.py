@@ -36,6 +36,7 @@ from jobs.sources import Item, Source, is_uri, open_files
 
 FINISHED, STOPPED, WRONG_USAGE, FINISHED_WITH_FAILURES = 0, 1, 2, 3
 _PIXEL_BYTES = 32 * 2**20  # of one output file's images; a block of Ray Data holds one file's
+_RETRIES = 5  # of a decode task whose worker dies; Ray Data's default is to try for ever
 _TASKS_AT_MOST = 10_000  # more work than that goes to tasks in groups
 _FILES_PER_BYTES_TASK = 16  # a task reads a manifest's row group from its start, so it should use much of it
 
@@ -68,6 +69,8 @@ class Summary:
             lines.append(f"{self.images_per_second:.1f} images/s over {self.seconds:.1f} s")
         else:
             lines.append("nothing to do: every input was finished before")
+        if "," in self.precision + self.engine:
+            lines.append(f"made in part by different settings: {self.precision} on {self.engine}")
         if self.skipped and self.images_per_second:
             lines.append(f"{self.skipped} inputs were finished before and skipped")
         return "\n".join(lines)
@@ -210,6 +213,7 @@ def _stream(task_count: int, decode: DecodePlan, encode: EncodePlan, resources: 
             # What its pixels take. The encoders reserve no memory, and between stages whose resources are equal Ray
             # Data sees one stage: it would decode in the actors.
             memory=_PIXEL_BYTES,
+            max_retries=_RETRIES,
         )
         dataset = dataset.map_batches(
             EncodeActor,
@@ -241,8 +245,8 @@ def _finish(work: _Work, origin: Origin, claimed: Claim, started: float) -> Summ
         seconds=round(seconds, 2),
         fingerprint=origin.fingerprint,
         model=origin.model,
-        precision=origin.precision,
-        engine=origin.engine,
+        precision=", ".join(held.precisions) or origin.precision,
+        engine=", ".join(held.engines) or origin.engine,
     )
     output.write_summary(claimed, vars(summary))
     return summary

@@ -1,7 +1,8 @@
 """Tables that name the images, one a row: Parquet (paths or bytes), CSV and JSON Lines (paths).
 
 Paths are URIs, absolute, or relative to the manifest's folder. Ids are the id column's values as text, or the
-paths as written. A row whose path or bytes are null is a row with an error, a row whose id is null stops the job.
+paths as written, `#N` for row N (from 0) where there is none. A row whose path or bytes are null is a row with an error,
+a row whose id is null stops the job.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -26,7 +28,7 @@ PARQUET = (".parquet", ".pq")
 JSON_LINES = (".jsonl", ".ndjson")
 SUFFIXES = (*PARQUET, *_SEPARATORS, *JSON_LINES)
 _ROWS = 8192
-_UNREADABLE = (OSError, ValueError, pa.ArrowException)
+_UNREADABLE = (OSError, ValueError, RecursionError, pa.ArrowException)
 
 Row = tuple[str | None, str | None]  # id, path
 
@@ -40,6 +42,8 @@ def open_manifest(options: EmbedOptions) -> Source:
         raise SettingsError(f"cannot read the manifest {path!r}: {error}") from error
     content = options.bytes_column or options.path_column or DEFAULT_PATH_COLUMN
     for column in filter(None, (content, options.id_column)):
+        if names.count(column) > 1:
+            raise SettingsError(f"the manifest {path!r} has several columns {column!r}")
         if column not in names:
             raise SettingsError(f"the manifest {path!r} has no column {column!r}; it has {', '.join(names)}")
     if options.bytes_column is None:
@@ -57,8 +61,11 @@ def open_manifest(options: EmbedOptions) -> Source:
 def _items(manifest: str, id_column: str | None, path_column: str | None) -> Iterator[Item]:
     folder = os.path.dirname(manifest)
     for number, (name, path) in enumerate(_rows(manifest, id_column, path_column)):
+        path = path or None  # an empty one would be the manifest's folder
+        if id_column is None and not name:
+            name = f"#{number}"
         if name is None:
-            raise JobError(f"row {number} of {manifest!r} has no id: column {id_column or path_column!r} is null there")
+            raise JobError(f"row {number} of {manifest!r} has no id: column {id_column!r} is null there")
         if path_column is None:
             yield Item(printable(name), f"{printable(manifest)}#{number}", number)
         else:
@@ -88,9 +95,12 @@ def _column_names(path: str) -> list[str]:
     if suffix in _SEPARATORS:
         with csv.open_csv(path, parse_options=_separated(suffix)) as reader:
             return reader.schema.names
-    with open(path, encoding="utf-8") as lines:
-        first = next((json.loads(line) for line in lines if line.strip()), {})
-        return list(first) if isinstance(first, dict) else []
+    with open(path, encoding="utf-8-sig") as lines:  # rows may differ; a slip in a name shows within the first ones
+        names: dict[str, None] = {}
+        for line in islice((line for line in lines if line.strip()), _ROWS):
+            row = json.loads(line)
+            names.update(dict.fromkeys(row if isinstance(row, dict) else ()))
+        return list(names)
 
 
 def _separated(suffix: str) -> csv.ParseOptions:
@@ -126,7 +136,7 @@ def _texts(column: pa.Array) -> list[str | None]:
 
 
 def _json_rows(path: str, columns: list[str]) -> Iterator[Row]:
-    with open(path, encoding="utf-8") as lines:
+    with open(path, encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 row = json.loads(line)

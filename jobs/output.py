@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,9 +90,11 @@ def finished(folder: Path, origin: Origin) -> Iterator[tuple[str, str, str | Non
             yield path.name, name, error
 
 
-def _open(path: Path) -> pq.ParquetFile:
+@contextmanager
+def _open(path: Path) -> Iterator[pq.ParquetFile]:
     try:
-        return pq.ParquetFile(path)
+        with pq.ParquetFile(path) as file:
+            yield file
     except (OSError, pa.ArrowException) as error:
         raise JobError(
             f"{str(path)!r} cannot be read as Parquet: {error}. Remove it and start again: its images are done anew"
@@ -134,7 +137,8 @@ class Count:
 
     rows: int
     errors: dict[str, int]
-    precisions: frozenset[str]
+    precisions: list[str]
+    engines: list[str]
 
     @property
     def failed(self) -> int:
@@ -145,14 +149,15 @@ def count(folder: Path) -> Count:
     """Count the rows of all files, and the failed ones by their code."""
     rows = 0
     errors: dict[str, int] = {}
-    precisions: set[str] = set()
+    found: dict[str, set[str]] = {"precision": set(), "engine": set()}
     for path in parts(folder):
         with _open(path) as file:
             rows += file.metadata.num_rows
-            precisions.add((file.schema_arrow.metadata or {}).get(f"{PREFIX}precision".encode(), b"").decode())
+            for name, values in found.items():
+                values.add((file.schema_arrow.metadata or {}).get(f"{PREFIX}{name}".encode(), b"").decode())
             for code in file.read(["error"]).column("error").drop_null().to_pylist():
                 errors[code] = errors.get(code, 0) + 1
-    return Count(rows, dict(sorted(errors.items())), frozenset(precisions))
+    return Count(rows, dict(sorted(errors.items())), sorted(found["precision"]), sorted(found["engine"]))
 
 
 def write_summary(claim: Claim, summary: dict[str, object]) -> None:

@@ -17,8 +17,8 @@ from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
 from typing import IO, NamedTuple
+from urllib.parse import quote, unquote, urlsplit
 
-import pyarrow as pa
 from pyarrow import fs
 
 from clipfleet.errors import JobError, SettingsError
@@ -61,6 +61,8 @@ def is_uri(path: str) -> bool:
 
 def open_files(source: str) -> Source:
     """List a folder or a glob. Raises SettingsError if there is no such folder."""
+    if source.startswith("file://"):
+        source = unquote(urlsplit(source).path)
     base, patterns = _split(source)
     if not is_uri(base):
         base = os.path.abspath(os.path.expanduser(base))
@@ -82,7 +84,7 @@ def open_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     """The file system of a URI, and the path in it. Raises SettingsError for schemes that pyarrow does not know."""
     try:
         return fs.FileSystem.from_uri(uri)
-    except (pa.ArrowException, OSError) as error:
+    except Exception as error:  # each file system has errors of its own
         raise SettingsError(f"cannot open {uri!r}: {error}") from error
 
 
@@ -103,7 +105,8 @@ def _items(folder: str, patterns: list[str], base: str, list_folder: ListFolder)
         wanted = matches(name.split("/"), patterns) if patterns else name.lower().endswith(SUFFIXES)
         if wanted:
             path = f"{base.rstrip('/')}/{name}"
-            yield Item(printable(name), printable(path), os.fsencode(path))
+            place = f"{base.rstrip('/')}/{quote(name)}" if is_uri(base) else path
+            yield Item(printable(name), printable(path), os.fsencode(place))
 
 
 def _walk(list_folder: ListFolder, folder: str, prefix: str, hidden: bool, depth: int | None) -> Iterator[str]:

@@ -150,7 +150,7 @@ def main() -> None:
         pictures = make_pictures(folder)
         drawn = len(pictures) - len(PHOTOGRAPHS)
         say(f"{len(pictures)} pictures: {drawn} drawn shapes, {len(PHOTOGRAPHS)} photographs")
-        with service() as address, httpx.Client(base_url=address, timeout=60) as client:
+        with service() as address, httpx.Client(base_url=address, timeout=60, trust_env=False) as client:
             say("POST /v1/rank: each drawing against all 48 labels, best three")
             show_ranking(client, pictures)
             say(f"POST /v1/embeddings/images: {len(pictures)} files in one request")
