@@ -159,7 +159,6 @@ class Encoder:
         context = self.context_length
         siglip = self.checkpoint.model_type == "siglip"  # was trained with every text padded to the context
         with self._tokenizing:
-            full = self._tokenizer(texts, truncation=False, return_attention_mask=False, verbose=False)["input_ids"]
             tokens = self._tokenizer(
                 texts,
                 padding="max_length" if siglip else True,
@@ -170,7 +169,14 @@ class Encoder:
         ids = tokens["input_ids"].astype(np.int64)
         mask = tokens["attention_mask"].astype(np.int64) if "attention_mask" in tokens else np.ones_like(ids)
         # CLIP's causal tower does not see padding, which comes after a text's end.
-        return (ids, mask) if siglip else (ids,), mask.sum(1).tolist(), [len(ids) > context for ids in full]
+        return (ids, mask) if siglip else (ids,), mask.sum(1).tolist(), self._truncated(texts, tokens)
+
+    def _truncated(self, texts: list[str], tokens: Any) -> list[bool]:
+        if tokens.encodings:
+            return [bool(encoding.overflowing) for encoding in tokens.encodings]
+        with self._tokenizing:  # one of transformers' slow tokenizers, which do not say
+            full = self._tokenizer(texts, truncation=False, return_attention_mask=False, verbose=False)["input_ids"]
+        return [len(ids) > self.context_length for ids in full]
 
 
 def resolve_device(device: str) -> str:

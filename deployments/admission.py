@@ -11,6 +11,7 @@ from clipfleet.errors import Overloaded
 from clipfleet.settings import LimitSettings
 
 _WINDOW_S = 5.0
+_STALLED_S = 2.0  # without any change of what is in flight
 _SATURATED = 64  # items: with as many in flight all the time, batches are full and the rate is all that there is
 
 
@@ -32,6 +33,10 @@ class Lane:
             self._finished = None
             return
         if self._finished is None:
+            self._finished = deque([(now, 0)])
+        if (
+            now - self._finished[-1][0] > _STALLED_S
+        ):  # a replica was gone: what came before says nothing of the rate now
             self._finished = deque([(now, 0)])
         self._finished.append((now, finished))
         while self._finished[1][0] < now - _WINDOW_S:
@@ -60,14 +65,18 @@ class Admission:
         self.bytes = 0
         self.lanes = {"images": Lane(), "texts": Lane()}
 
-    @contextmanager
-    def hold_bytes(self, size: int) -> Iterator[None]:
-        """Hold a body's bytes until its request is answered. Raises Overloaded."""
+    def check_bytes(self, size: int) -> None:
+        """Raise Overloaded if `size` more bytes would pass the limit."""
         if self.bytes and self.bytes + size > self._limits.inflight_bytes:
             raise Overloaded(
                 f"{self.bytes:,} bytes of requests are in flight; the limit is {self._limits.inflight_bytes:,}",
                 retry_after=1,
             )
+
+    @contextmanager
+    def hold_bytes(self, size: int) -> Iterator[None]:
+        """Hold bytes of a body until its request is answered. Raises Overloaded."""
+        self.check_bytes(size)
         self.bytes += size
         try:
             yield

@@ -64,19 +64,24 @@ class Batcher:
         self.last_success: float | None = None  # time.monotonic() of the last forward pass that returned
 
     async def submit(self, items: Sequence[Any], deadline: float, *, quiet: bool = False) -> list[Any]:
-        """One outcome an item, in order: what `forward` made of it, or a ClipfleetError.
+        """Wait for what enqueue promises."""
+        return await self.enqueue(items, deadline, quiet=quiet)
+
+    def enqueue(self, items: Sequence[Any], deadline: float, *, quiet: bool = False) -> asyncio.Future[list[Any]]:
+        """One outcome an item, in order: what `forward` made of it, or a ClipfleetError. Cancelling drops what still waits.
 
         `deadline` is wall-clock time (time.time()), because it comes from another process. Items still waiting
         then are dropped. `quiet` keeps a call out of the observer's figures (a probe is no traffic).
         """
+        done: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
         if not items:
-            return []
+            done.set_result([])
+            return done
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work())
-        call = _Call(items, deadline, asyncio.get_running_loop().create_future(), quiet)
-        self._waiting.append(call)
+        self._waiting.append(_Call(items, deadline, done, quiet))
         self._arrival.set()
-        return await call.done
+        return done
 
     async def _work(self) -> None:
         while True:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import orjson
 from pydantic import BaseModel, ValidationError
-from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from clipfleet.errors import BodyTooLarge, InvalidRequest, TooManyItems
 from clipfleet.settings import LimitSettings
 from deployments.admission import Admission
+from deployments.multipart import read_files
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -35,52 +35,31 @@ class Body:
 
     async def read_files(self) -> list[bytes]:
         """The parts of a multipart body that have a filename, in order."""
-        parser = MultiPartParser(
-            self._request.headers,
-            self._stream(),
-            max_files=self._limits.images_per_request,
-            max_fields=self._limits.images_per_request,
-        )
-        try:
-            form = await parser.parse()
-        except MultiPartException as error:
-            if error.message.startswith("Too many files"):
-                limit = self._limits.images_per_request
-                raise TooManyItems(
-                    f"the request has more than {limit} images, the limit; send them in several requests",
-                    limit=limit,
-                    param="files",
-                ) from None
-            raise InvalidRequest(f"the multipart body is malformed: {error.message}") from None
-        except (KeyError, ValueError) as error:
-            raise InvalidRequest(f"the multipart body is malformed: {error}") from None
-        try:
-            return [await part.read() for _, part in form.multi_items() if isinstance(part, UploadFile)]
-        finally:
-            await form.close()
+        kind = self._request.headers["content-type"]
+        return await read_files(kind, self._stream(), self._limits.images_per_request)
 
     async def _stream(self) -> AsyncGenerator[bytes, None]:
         if self._request.headers.get("content-encoding", "identity").lower() != "identity":
             raise InvalidRequest("compressed bodies (Content-Encoding) are not accepted")
         declared = self._declared_length()
         if declared is not None:
-            self._held.enter_context(self._admission.hold_bytes(declared))
+            self._admission.check_bytes(declared)  # before anything of it is read
         received = 0
         async for chunk in self._request.stream():
             received += len(chunk)
             if received > self._limits.body_bytes:
                 raise self._too_large(received)
-            if declared is None and chunk:
-                self._held.enter_context(self._admission.hold_bytes(len(chunk)))
             if chunk:
+                # As it arrives: what a client has only announced must not keep others out.
+                self._held.enter_context(self._admission.hold_bytes(len(chunk)))
                 yield chunk
 
     def _declared_length(self) -> int | None:
         text = self._request.headers.get("content-length")
         if text is None:
             return None
-        if not (text.isascii() and text.isdigit()):
-            raise InvalidRequest("Content-Length is no number")
+        if not (text.isascii() and text.isdigit() and len(text) < 20):
+            raise InvalidRequest("Content-Length is no number of bytes")
         if int(text) > self._limits.body_bytes:
             raise self._too_large(int(text))
         return int(text)
@@ -94,8 +73,31 @@ class Body:
         )
 
 
-def parse_json(data: bytes, kind: type[M]) -> M:
-    """Parse and validate JSON. Raises InvalidRequest with the field's name; nothing that was sent is echoed."""
+# A JSON string, whose closing quote may be missing; no backtracking, so any body takes one pass.
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
+_STRUCTURE = (b",", b"[", b"{")
+
+
+def check_structure(data: bytes, most: int) -> None:
+    """Refuse JSON of more than `most` values before it is parsed: 64 MiB of `"a",` would become gigabytes of objects.
+
+    Raises TooManyItems.
+    """
+    if sum(map(data.count, _STRUCTURE)) <= most:
+        return
+    bare = _STRING.sub(b"", data)  # texts and data URIs may hold commas
+    if sum(map(bare.count, _STRUCTURE)) > most:
+        raise TooManyItems(
+            f"the body holds more than {most:,} JSON values, which is more than the limits on items allow; "
+            "send them in several requests",
+            limit=most,
+        )
+
+
+def parse_json(data: bytes, kind: type[M], limits: LimitSettings) -> M:
+    """Parse and validate JSON. Raises TooManyItems, or InvalidRequest with the field's name; nothing sent is echoed."""
+    # An item is at most an object of one field: a comma and a brace. The rest is for other fields.
+    check_structure(data, 2 * (limits.images_per_request + limits.texts_per_request) + 1000)
     try:
         content = orjson.loads(data)  # refuses NaN, lone surrogates and nesting without end
     except orjson.JSONDecodeError as error:

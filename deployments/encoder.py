@@ -75,16 +75,13 @@ class EncoderReplica:
     # Serve's own batch has no wait and stays small: it only hands calls that arrived together to the batcher,
     # which joins everything that waits when the model falls free. 8 x 32 is max_ongoing_requests.
     @serve.batch(max_batch_size=8, batch_wait_timeout_s=0, max_concurrent_batches=32)
-    async def _together(self, calls: list[tuple[Sequence[Any], float, bool]]) -> list[list[Any]]:
-        return list(
-            await asyncio.gather(
-                *(self._batcher.submit(items, deadline, quiet=quiet) for items, deadline, quiet in calls)
-            )
-        )
+    async def _together(self, calls: list[tuple[Sequence[Any], float]]) -> list[asyncio.Future[list[Any]]]:
+        # Futures, so that a short call does not wait for a long one that happened to arrive with it.
+        return [self._batcher.enqueue(items, deadline) for items, deadline in calls]
 
     async def encode(self, items: Sequence[Any], deadline: float) -> Encoded:
         """Encode pixels (uint8 (H, W, 3) each) or texts."""
-        return Encoded(self._fingerprint, await self._together((items, deadline, False)))
+        return Encoded(self._fingerprint, await (await self._together((items, deadline))))
 
     async def probe(self, deadline: float) -> float:
         """Seconds since this replica's model last returned; runs it once if that is more than 2 s."""

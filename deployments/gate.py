@@ -114,6 +114,6 @@ def read_deadline(request: Request, longest_s: float) -> float:
     text = request.headers.get(DEADLINE_HEADER)
     if text is None:
         return time.time() + longest_s
-    if re.fullmatch("0*[1-9][0-9]{0,14}", text) is None:  # more digits would overflow a float
+    if re.fullmatch("0{0,9}[1-9][0-9]{0,14}", text) is None:  # more digits would overflow a float
         raise InvalidRequest(f"{DEADLINE_HEADER} must be a whole number of milliseconds above 0, of up to 15 digits")
     return time.time() + min(longest_s, int(text) / 1000)

@@ -97,7 +97,7 @@ class Ingress:
         deadline = read_deadline(request, self._limits.deadline_s)
         with ExitStack() as held:
             body = await self._read(Body(request, self._limits, self._admission, held).read(), deadline)
-            wanted = parse_json(body, schemas.EmbeddingsRequest)
+            wanted = parse_json(body, schemas.EmbeddingsRequest, self._limits)
             del body
             model = self._check_model(wanted.model)
             if wanted.dimensions not in (None, model["dimension"]):
@@ -110,7 +110,9 @@ class Ingress:
                 raise InvalidRequest("dtype float16 needs encoding_format base64", param="dtype")
             items = wanted.input if isinstance(wanted.input, list) else [wanted.input]
             inputs = read_items(items, wanted.modality, self._limits, "input")
-            return await self._answer(inputs, wanted, deadline, "input", npy=False)
+            options = schemas.Options.model_validate(wanted.model_dump(include=set(schemas.Options.model_fields)))
+            del wanted, items  # the images once more, as base64
+            return await self._answer(inputs, options, deadline, "input", npy=False)
 
     async def image_embeddings(
         self,
@@ -144,13 +146,14 @@ class Ingress:
         deadline = read_deadline(request, self._limits.deadline_s)
         with ExitStack() as held:
             body = await self._read(Body(request, self._limits, self._admission, held).read(), deadline)
-            wanted = parse_json(body, schemas.RankRequest)
+            wanted = parse_json(body, schemas.RankRequest, self._limits)
             del body
             model = self._check_model(wanted.model)
             inputs = [
                 *read_items([wanted.query], "text", self._limits, "query"),
                 *read_items(wanted.candidates, "text", self._limits, "candidates"),
             ]
+            del wanted
             outcomes = await self._embed(inputs, deadline, model["fingerprint"])
         for number, outcome in enumerate(outcomes):
             if isinstance(outcome, ClipfleetError):

@@ -1,0 +1,87 @@
+"""The files of a multipart body, gathered as it arrives: in memory, each byte copied once, and a body that was cut refused."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from clipfleet.errors import InvalidRequest, TooManyItems
+
+
+async def read_files(content_type: str, stream: AsyncIterator[bytes], most: int) -> list[bytes]:
+    """The parts that have a filename, in order, at most `most`. Raises InvalidRequest or TooManyItems."""
+    boundary = parse_options_header(content_type)[1].get(b"boundary")
+    if not boundary:
+        raise InvalidRequest("the multipart body is malformed: its Content-Type names no boundary")
+    parts = _Parts(most)
+    try:
+        parser = MultipartParser(boundary, parts.callbacks())
+        async for chunk in stream:
+            parser.write(chunk)
+    except FormParserError as error:
+        raise InvalidRequest(f"the multipart body is malformed: {error}") from None
+    if not parts.ended:
+        raise InvalidRequest("the multipart body ends before its last boundary; a part of it is missing")
+    return parts.files
+
+
+class _Parts:
+    def __init__(self, most: int) -> None:
+        self.files: list[bytes] = []
+        self.ended = False
+        self._most = most
+        self._fields = 0
+        self._header = self._value = b""
+        self._named = False  # whether this part has a filename
+        self._pieces: list[bytes] = []
+
+    def callbacks(self) -> Any:
+        return {
+            "on_part_begin": self._begin,
+            "on_header_field": self._on_header,
+            "on_header_value": self._on_value,
+            "on_header_end": self._header_end,
+            "on_part_data": self._data,
+            "on_part_end": self._end,
+            "on_end": self._finish,
+        }
+
+    def _begin(self) -> None:
+        self._named, self._pieces = False, []
+
+    def _on_header(self, data: bytes, start: int, end: int) -> None:
+        self._header += data[start:end]
+
+    def _on_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def _header_end(self) -> None:
+        if self._header.lower() == b"content-disposition":
+            # `filename*` too, which RFC 7578 forbids and some clients send.
+            options = parse_options_header(self._value.decode("latin-1"))[1]
+            self._named = b"filename" in options or b"filename*=" in self._value.lower()
+        self._header = self._value = b""
+
+    def _data(self, data: bytes, start: int, end: int) -> None:
+        if self._named:
+            self._pieces.append(data[start:end])
+
+    def _end(self) -> None:
+        if self._named:
+            if len(self.files) == self._most:
+                raise TooManyItems(
+                    f"the request has more than {self._most} images, the limit; send them in several requests",
+                    limit=self._most,
+                    param="files",
+                )
+            self.files.append(self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces))
+        else:
+            self._fields += 1
+            if self._fields > self._most:
+                raise InvalidRequest(f"the multipart body has more than {self._most} fields beside its files")
+
+    def _finish(self) -> None:
+        self.ended = True
