@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import re
@@ -33,6 +34,16 @@ class Gate:
         self._app = app
         self._keys = [hashlib.sha256(key.encode()).digest() for key in api_keys]
         self._fingerprint = fingerprint
+        self._inflight = 0
+        self._idle = asyncio.Event()
+        self._stopping = False
+
+    async def drain(self) -> None:
+        """Refuse newcomers, and return when all that came before them is answered."""
+        self._stopping = True
+        while self._inflight:
+            self._idle.clear()
+            await self._idle.wait()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -49,15 +60,22 @@ class Gate:
             await send(message)
 
         try:
+            if self._stopping:
+                raise Unavailable("the service is stopping", retry_after=1)
             self._check_key(scope)
-        except InvalidApiKey as error:
+        except ClipfleetError as error:
             await error_response(error)(scope, receive, send_stamped)
             return
+        self._inflight += 1
         try:
             await self._app(scope, receive, send_stamped)
         except Exception:
             if not started:
                 raise  # otherwise it was answered and logged by our handler, and is only passed on for the server's log
+        finally:
+            self._inflight -= 1
+            if not self._inflight:
+                self._idle.set()
 
     def _check_key(self, scope: Scope) -> None:
         if not self._keys or scope["path"] in _OPEN_PATHS:

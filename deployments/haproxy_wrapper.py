@@ -27,13 +27,25 @@ BUFFER_BYTES = 4 * 2**20
 # not HTTP; 502 means that a replica broke off more often than HAProxy retries, 503 that no replica answers at all.
 ANSWERS = {
     400: ("400 Bad Request", "invalid_request", "the request is not well-formed HTTP, or its headers are too long"),
+    404: ("404 Not Found", "route_not_found", "there is no such route; /docs lists them"),
     408: ("408 Request Timeout", "invalid_request", "the request did not arrive in time"),
     500: ("503 Service Unavailable", "unavailable", "the service cannot answer now; try again"),
     502: ("503 Service Unavailable", "unavailable", "the service cannot answer now; try again"),
     503: ("503 Service Unavailable", "unavailable", "the service cannot answer now; try again"),
     504: ("504 Gateway Timeout", "deadline_exceeded", "the service did not answer in time"),
 }
-TYPES = {"invalid_request": "invalid_request_error", "unavailable": "server_error", "deadline_exceeded": "server_error"}
+TYPES = {
+    "route_not_found": "not_found_error",
+    "invalid_request": "invalid_request_error",
+    "unavailable": "server_error",
+    "deadline_exceeded": "server_error",
+}
+
+# Headers that Serve reads for itself. It answers 500 where one is not UTF-8, and clients have no business with any of them.
+SERVE_HEADERS = (
+    "X-Request-Timeout-Seconds", "X-Request-Disconnect-Disabled", "X-Session-Id",
+    "serve_multiplexed_model_id", "serve-multiplexed-model-id",
+)  # fmt: skip
 
 # The client has this long to send the headers and the first tune.bufsize bytes of the body (4 MiB).
 HTTP_REQUEST_TIMEOUT = "60s"
@@ -60,9 +72,16 @@ def public_bind(host: str, port: str) -> str:
     return f":::{port} v4v6" if host == "::" else f"{host}:{port}"
 
 
+def _frontend(host: str, port: str) -> str:
+    dropped = [f"    http-request del-header {name}" for name in SERVE_HEADERS]
+    dropped.append("    http-request del-header X-Request-Id if { req.hdr(X-Request-Id) -m reg [^\\\\x21-\\\\x7e] }")
+    return "\n".join([f"    bind {public_bind(host, port)}", *dropped, ""])
+
+
 def edit(config: str, folder: Path, host: str, port: str) -> str:
     """Serve's generated configuration with our changes. Editing a file that was edited already changes nothing."""
-    errors = "\n".join(f"    errorfile {status} {folder / f'{status}.http'}" for status in ANSWERS)
+    errors = "\n".join(f"    errorfile {status} {folder / f'{status}.http'}" for status in ANSWERS if status != 404)
+    not_found = f"    http-request return status 404 errorfile {folder / '404.http'}"
     unavailable = f"    http-request return status 503 errorfile {folder / '503.http'}"
     rules = [
         # A request is held until it is whole (or fills the buffer), so that one whose replica dies can be sent again, and
@@ -76,7 +95,7 @@ def edit(config: str, folder: Path, host: str, port: str) -> str:
         # With no replica left Serve would park requests, without a limit, in its head node's proxy; ours get a 503 at once.
         (r"^    # Fallback to head node's Serve proxy.*\n    server .* backup\n", ""),
         # Serve and the replicas stay on loopback; this is the one address that the user asked for.
-        (rf"^    bind 127\.0\.0\.1:{port}$", f"    bind {public_bind(host, port)}"),
+        (rf"^    bind 127\.0\.0\.1:{port}\n(?:    http-request del-header .*\n)*", _frontend(host, port)),
         # Prometheus and statistics pages, for this machine alone.
         (
             r"^(\s+)bind (?:\*)?:(\d+)$(?=\n    mode http\n    http-request use-service|\n  stats)",
@@ -85,7 +104,8 @@ def edit(config: str, folder: Path, host: str, port: str) -> str:
     ]
     if not re.search(r"^    use_backend ", config, re.MULTILINE):
         # Before the application is there Serve would answer 404 in plain text.
-        rules.append((r"^    http-request return status 404 content-type text/plain .*$", unavailable))
+        not_found = unavailable
+    rules.append((r"^    http-request return status 404 content-type text/plain .*$", not_found))
     for pattern, replacement in rules:
         config = re.sub(pattern, replacement, config, flags=re.MULTILINE)
     return config

@@ -62,10 +62,18 @@ class Ingress:
         self._pipeline = Pipeline(decoder, image_encoder, text_encoder)
         self._handles = {"ImageDecoder": decoder, "ImageEncoder": image_encoder, "TextEncoder": text_encoder}
         self._health: Health | None = None
+        self._gate: Gate | None = None
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         self._health = Health(self._handles)
-        return Gate(self._routes(), api_keys=self._settings.api_keys, fingerprint=self._fingerprint)
+        self._gate = Gate(self._routes(), api_keys=self._settings.api_keys, fingerprint=self._fingerprint)
+        return self._gate
+
+    async def drain(self) -> str:
+        """Refuse newcomers, wait until every request is answered, and return this replica's id."""
+        if self._gate is not None:
+            await self._gate.drain()
+        return serve.get_replica_context().replica_tag
 
     def _routes(self) -> FastAPI:
         app = FastAPI(title="clipfleet", docs_url=None, redoc_url=None, redirect_slashes=False)

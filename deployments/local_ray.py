@@ -11,6 +11,7 @@ of the standard library alone, outlives the command and ends what the command le
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import random
@@ -43,7 +44,7 @@ from deployments.private_ray import (
 # An instance takes one block of 100. They lie below the kernel's range for outgoing connections.
 PORTS = range(20000, 32000, 100)
 UNPLACED_S = 60  # a replica that no node has room for is waited for this long
-DRAIN_S = 5  # at a stop, requests in flight have this long to finish
+DRAIN_S = 40  # at a stop, requests in flight have this long to finish: their deadline, and some
 
 
 # --- before Ray: ports, folder, environment
@@ -223,27 +224,41 @@ def _no_room(deployment: str, message: str) -> str:
 # --- the end
 
 
-def _finish_requests(name: str) -> None:
-    """Take the application off: its replicas finish what they hold; HAProxy answers 503 to newcomers."""
-    from ray.serve.context import _get_global_client
+async def _finish_requests(name: str) -> None:
+    """Wait until every ingress replica has answered what it holds; newcomers get 503.
 
-    client = _get_global_client(raise_if_no_controller_running=False)
-    if client is None:
-        return
-    client.delete_apps([name], blocking=False)
-    deadline = time.monotonic() + DRAIN_S
-    while time.monotonic() < deadline and any(status.name == name for status in client.list_serve_statuses()):
-        time.sleep(0.1)
+    Only then may the application go: Serve would take decoders and encoders away from requests that still need them.
+    """
+    from ray import serve
+    from ray.serve.schema import ReplicaState
+
+    running = serve.status().applications[name].deployments["Ingress"].replica_states.get(ReplicaState.RUNNING, 0)
+    ingress = serve.get_app_handle(name)
+    drained: set[str] = set()
+    async with asyncio.timeout(DRAIN_S):
+        while len(drained) < running:
+            drained.add(await ingress.drain.remote())  # by one of them; a drained one answers at once
 
 
-def _stop(name: str) -> None:
+def _take_off(name: str) -> None:
+    """Remove the application from a Ray that goes on."""
+    from ray import serve
+
+    serve.delete(name, _blocking=False)
+
+
+def _stop(name: str, *, stays: bool = False) -> None:
+    """Finish the requests of application `name`, if any, and let go of Ray, which may be one that stays."""
     if "ray" not in sys.modules or is_lost():
         return
     import ray
 
     with suppress(Exception, KeyboardInterrupt):  # a second Ctrl-C ends the patience, not the cleaning up
-        if ray.is_initialized():
-            _finish_requests(name)
+        if name and ray.is_initialized():
+            asyncio.run(_finish_requests(name))
+    with suppress(Exception, KeyboardInterrupt):
+        if name and stays:
+            _take_off(name)
     with suppress(Exception, KeyboardInterrupt):
         ray.shutdown()
 
@@ -297,7 +312,7 @@ def local_service(
             _wait_until_running(_deploy(_schema(config), config.get("http_options") or {}, host, port), name)
             yield service
         finally:
-            _stop(name)
+            _stop(name, stays=bool(address))
 
 
 @contextmanager
