@@ -16,20 +16,26 @@ ENGINES: tuple[str, ...] = get_args(Engine)
 def choose_engine(engine: str, device: str, precision: str) -> str:
     """The engine for a device (cpu, cuda or cuda:N) and a precision: torch, or openvino where it is installed and can.
 
-    Raises SettingsError for what does not go together.
+    Raises SettingsError for what does not go together or is not installed.
     """
+    check_engine(engine, device, precision)
+    able = device == "cpu" and precision in ("float32", "int8")
+    present = importlib.util.find_spec("openvino") is not None
+    if not present and (engine == "openvino" or precision == "int8"):
+        raise SettingsError("engine openvino is not installed: pip install 'clipfleet[openvino]'")
+    return "openvino" if able and present and engine != "torch" else "torch"
+
+
+def check_engine(engine: str, device: str, precision: str) -> None:
+    """Raise SettingsError for what does not go together, whatever is installed. Device `auto` may turn out to be either."""
     if precision not in PRECISIONS:
         raise SettingsError(f"precision {precision!r} is unknown; known are {', '.join(PRECISIONS)}")
     if engine not in ENGINES:
         raise SettingsError(f"engine {engine!r} is unknown; known are {', '.join(ENGINES)}")
-    able = device == "cpu" and precision in ("float32", "int8")
-    present = importlib.util.find_spec("openvino") is not None
+    able = device in ("cpu", "auto") and precision in ("float32", "int8")
     if engine == "openvino" and not able:
         raise SettingsError(
             f"engine openvino runs float32 and int8 on CPUs, not {precision} on {device}; use engine torch"
         )
     if precision == "int8" and (engine == "torch" or not able):
         raise SettingsError(f"precision int8 runs on CPUs by engine openvino, not on {device} by engine {engine}")
-    if not present and (engine == "openvino" or precision == "int8"):
-        raise SettingsError("engine openvino is not installed: pip install 'clipfleet[openvino]'")
-    return "openvino" if able and present and engine != "torch" else "torch"

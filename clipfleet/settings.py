@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from clipfleet.engines import Engine, Precision
+from clipfleet.engines import Engine, Precision, check_engine
 from clipfleet.errors import SettingsError
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
@@ -19,7 +19,6 @@ ENCODERS = ("ImageEncoder", "TextEncoder")
 DEPLOYMENTS = ("Ingress", "ImageDecoder", *ENCODERS)
 
 Count = Annotated[int, Field(ge=1)]
-Seconds = Annotated[float, Field(ge=0)]
 
 
 class Settings(BaseModel):
@@ -76,6 +75,21 @@ class ServiceSettings(Settings):
     cache: CacheSettings = CacheSettings()
     api_keys: tuple[Annotated[str, Field(min_length=1)], ...] = ()
 
+    @field_validator("gpus_per_replica")
+    @classmethod
+    def _share_or_whole(cls, gpus: float) -> float:
+        if gpus > 1 and gpus != int(gpus):
+            raise ValueError("gpus_per_replica must be a share of one GPU or a whole number")
+        return gpus
+
+    @model_validator(mode="after")
+    def _engine_can(self) -> ServiceSettings:
+        try:
+            check_engine(self.engine, self.device, self.precision)
+        except SettingsError as error:
+            raise ValueError(error.message) from None
+        return self
+
     @field_validator("device")
     @classmethod
     def _known_device(cls, device: str) -> str:
@@ -93,7 +107,7 @@ class BatchSettings(Settings):
     """
 
     max_batch_size: Count = 32
-    batch_wait_timeout_s: Seconds = 0.0
+    batch_wait_timeout_s: Annotated[float, Field(ge=0, le=5)] = 0.0
 
 
 def parse(kind: type[BaseModel], values: dict[str, Any] | None, where: str) -> Any:
@@ -137,10 +151,19 @@ def check_batching(
         )
 
 
+def check_scaling(deployment: str, max_ongoing_requests: int, target_ongoing_requests: float | None) -> None:
+    """Refuse settings of any deployment that contradict each other; the error names both."""
+    if target_ongoing_requests is not None and target_ongoing_requests > max_ongoing_requests:
+        raise SettingsError(
+            f"{deployment}: target_ongoing_requests {target_ongoing_requests:g} is above max_ongoing_requests "
+            f"{max_ongoing_requests}, so replicas are never added. Lower the first or raise the second"
+        )
+
+
 class AutoscalingSettings(BaseModel):
     """What is checked of an `autoscaling_config`; Serve checks the rest. The defaults are Serve's (ray 2.60)."""
 
-    min_replicas: Annotated[int, Field(ge=0)] = 1
+    min_replicas: Count = 1  # /readyz asks every deployment for a sign of life, so none may be scaled to nothing
     max_replicas: Count = 1
     target_ongoing_requests: Annotated[float, Field(gt=0)] = 2.0
 
@@ -149,11 +172,12 @@ class DeploymentSettings(BaseModel):
     """What is checked of an entry of `deployments:`; Serve checks the rest."""
 
     name: Literal["Ingress", "ImageDecoder", "ImageEncoder", "TextEncoder"]
-    num_replicas: Annotated[int, Field(ge=0)] | Literal["auto"] | None = None
+    num_replicas: Count | Literal["auto"] | None = None
     max_ongoing_requests: Count | None = None
     autoscaling_config: AutoscalingSettings | None = None
     ray_actor_options: dict[str, Any] | None = None
     user_config: dict[str, Any] | None = None
+    max_queued_requests: int | None = None
 
 
 def check_deployment(entry: Any) -> str:
@@ -165,13 +189,13 @@ def check_deployment(entry: Any) -> str:
     scaling = options.autoscaling_config or (AutoscalingSettings() if options.num_replicas == "auto" else None)
     ceiling = options.max_ongoing_requests or DEFAULT_MAX_ONGOING[name]
     target = scaling.target_ongoing_requests if scaling else None
-    if target is not None and target > ceiling:
-        raise SettingsError(
-            f"{name}: target_ongoing_requests {target:g} is above max_ongoing_requests {ceiling}, so "
-            "replicas are never added. Lower the first or raise the second"
-        )
+    check_scaling(name, ceiling, target)
     if (given := options.autoscaling_config) and given.min_replicas > given.max_replicas:
         raise SettingsError(f"{name}: min_replicas {given.min_replicas} is above max_replicas {given.max_replicas}")
+    if name == "Ingress" and (options.max_queued_requests or -1) >= 0:
+        raise SettingsError("Ingress: max_queued_requests would refuse in plain text; use args.limits.inflight_items")
+    if name not in ENCODERS and options.user_config:
+        raise SettingsError(f"{name} takes no user_config; only {' and '.join(ENCODERS)} do")
     if name in ENCODERS:
         batch = parse(BatchSettings, options.user_config, f"{name}.user_config")
         check_batching(name, batch, ceiling, target)
@@ -225,15 +249,26 @@ def check_config(config: Any, source: str) -> None:
     applications = config.get("applications") if isinstance(config, dict) else None
     if not isinstance(applications, list):
         raise SettingsError(f"config {source!r} has no list `applications`")
-    ours = [app for app in applications if isinstance(app, dict) and app.get("name") == APPLICATION]
+    if not all(isinstance(app, dict) and isinstance(app.get("name"), str) for app in applications):
+        raise SettingsError(f"config {source!r}: every application must be an object with a name")
+    ours = [app for app in applications if app["name"] == APPLICATION]
     if len(ours) != 1:
         raise SettingsError(f"config {source!r} must hold one application named {APPLICATION!r}, not {len(ours)}")
     if ours[0].get("import_path") != IMPORT_PATH:
         raise SettingsError(f"config {source!r}: import_path must be {IMPORT_PATH!r}")
-    service_settings(ours[0].get("args") or {})
+    http = config.get("http_options") or {}
+    port = http.get("port", 8000) if isinstance(http, dict) else None
+    if not isinstance(port, int) or not 1 <= port <= 65535:
+        raise SettingsError(f"config {source!r}: http_options must be an object, and its port a number from 1 to 65535")
+    arguments, deployments = ours[0].get("args") or {}, ours[0].get("deployments") or []
+    if not isinstance(arguments, dict) or not isinstance(deployments, list):
+        raise SettingsError(f"config {source!r}: args must be an object and deployments a list")
+    service_settings(arguments)
     try:
-        listed = {check_deployment(entry) for entry in ours[0].get("deployments") or []}
-        for name in set(ENCODERS) - listed:
+        listed = [check_deployment(entry) for entry in deployments]
+        if len(set(listed)) < len(listed):
+            raise SettingsError("a deployment is listed twice")
+        for name in set(ENCODERS) - set(listed):
             check_deployment({"name": name})
     except SettingsError as error:
         raise SettingsError(f"config {source!r}: {error.message}") from None

@@ -9,16 +9,15 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
-from ray.serve.metrics import Counter
 
 from clipfleet.checkpoint import find_checkpoint
 from clipfleet.decode_process import DecodeProcess
 from clipfleet.errors import ClipfleetError, DeadlineExceeded, ImageCrashedDecoder, ImageError
 from clipfleet.images import ImageLimits, decoding_bytes, open_image, to_picture
 from clipfleet.settings import ServiceSettings
+from deployments.own_config import check_own_scaling
 
 Pixels = np.ndarray | ClipfleetError  # one image's outcome: (H, W, 3) uint8, or what was wrong
 
@@ -61,15 +60,13 @@ class DecoderReplica:
     """Decodes images on a pool of threads, so that the event loop stays free."""
 
     def __init__(self, settings: ServiceSettings) -> None:
+        check_own_scaling()
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides GPUs from nobody who asks for none
         self._spec = find_checkpoint(settings.model, weights=False).pixels
         self._limits = image_limits(settings)
         self._budget = MemoryBudget(settings.limits.decoding_bytes)
         self._threads = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="decode")
         self._children = asyncio.Semaphore(2)
-        tags: Any = ("tower", "code")  # Ray's annotation says a tuple of one
-        self._errors = Counter("clipfleet_errors_total", "Items that failed, by code.", tag_keys=tags)
-        self._errors.set_default_tags({"tower": "image"})
 
     async def decode(self, images: Sequence[bytes], deadline: float) -> list[Pixels]:
         """Decode each image to the checkpoint's pixels: one array or error an image, in order.
@@ -99,7 +96,6 @@ class DecoderReplica:
             with open_image(data, self._limits) as image, self._budget.hold(decoding_bytes(image)):
                 return to_picture(image, self._spec, self._limits).pixels
         except ImageError as error:
-            self._errors.inc(tags={"code": error.code})
             return error
 
     def _decode_apart(self, images: Sequence[bytes], deadline: float) -> list[Pixels]:
@@ -116,10 +112,7 @@ class DecoderReplica:
         reply = child.decode_into(image, pixels, timeout_s=left, tries=1) if left > 0 else None
         if reply is None or (isinstance(reply, ImageCrashedDecoder) and time.time() >= deadline):
             return DeadlineExceeded("the deadline passed while the image was decoded")
-        if isinstance(reply, ClipfleetError):
-            self._errors.inc(tags={"code": reply.code})
-            return reply
-        return pixels
+        return reply if isinstance(reply, ClipfleetError) else pixels
 
 
 # A black PNG of one pixel.

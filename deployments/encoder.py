@@ -13,8 +13,9 @@ from ray.serve.metrics import Counter, Histogram
 
 from clipfleet.checkpoint import find_checkpoint
 from clipfleet.fingerprint import fingerprint
-from clipfleet.settings import BatchSettings, ServiceSettings, check_batching, parse
+from clipfleet.settings import ServiceSettings
 from deployments.batching import Batcher
+from deployments.own_config import own_batching
 
 if TYPE_CHECKING:
     from clipfleet.encoder import Tower
@@ -44,7 +45,7 @@ class EncoderReplica:
     """One tower on one device. Its model has run once before the replica counts as running."""
 
     def __init__(self, tower: Tower, settings: ServiceSettings) -> None:
-        batch = _check_own_config(BatchSettings())  # before weights are loaded: a refusal should be quick
+        batch = own_batching()  # before weights are loaded: a refusal should be quick
         # Here, because the ingress and the graph's builder import this module too: torch and transformers take 4 s of a core.
         from clipfleet.encoder import Encoder
 
@@ -70,7 +71,7 @@ class EncoderReplica:
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take a new batch size and wait while running."""
-        self._batcher.settings = parse(BatchSettings, user_config, "user_config")
+        self._batcher.settings = own_batching(user_config)
 
     # Serve's own batch has no wait and stays small: it only hands calls that arrived together to the batcher,
     # which joins everything that waits when the model falls free. 8 x 32 is max_ongoing_requests.
@@ -125,14 +126,3 @@ class EncoderReplica:
         self._items.inc(size)
         for wait in waits:
             self._queue_wait.observe(max(wait, 1e-6))
-
-
-def _check_own_config(default: BatchSettings) -> BatchSettings:
-    """Refuse a contradictory deployment config, which under `serve run` nobody has seen before this replica."""
-    context = serve.get_replica_context()
-    config = context._deployment_config
-    batch = parse(BatchSettings, config.user_config, "user_config") if config.user_config else default
-    autoscaling = config.autoscaling_config
-    target = autoscaling.get_target_ongoing_requests() if autoscaling else None
-    check_batching(context.deployment, batch, config.max_ongoing_requests, target)
-    return batch

@@ -37,8 +37,9 @@ from deployments.encoder import EncodedText
 from deployments.gate import Gate, add_error_handlers, read_deadline
 from deployments.health import Health
 from deployments.inputs import Input, check_counts, read_items
+from deployments.own_config import check_own_scaling
 from deployments.pipeline import CheckpointChanged, Outcome, Pipeline, seconds_left
-from deployments.responses import error_body, error_response, json_response
+from deployments.responses import count_error, error_body, error_response, json_response
 
 NPY = "application/x-npy"
 ERRORS_HEADER = "X-Clipfleet-Errors"
@@ -55,6 +56,7 @@ class Ingress:
         image_encoder: DeploymentHandle,
         text_encoder: DeploymentHandle,
     ) -> None:
+        check_own_scaling()
         self._settings = settings
         self._limits = settings.limits
         self._admission = Admission(settings.limits)
@@ -284,6 +286,8 @@ def _npy(outcomes: list[Outcome], dtype: DType, dimension: int) -> Response:
     rows = [missing if i in bad else _vector(outcome) for i, outcome in enumerate(outcomes)]
     response = Response(to_npy(np.stack(rows), dtype), media_type=NPY)
     if bad:
+        for error in bad.values():
+            count_error(error)
         listed = [{"index": i, "code": error.code} for i, error in bad.items()]
         response.headers[ERRORS_HEADER] = orjson.dumps(listed).decode()
     return response
@@ -297,6 +301,7 @@ def _vector(outcome: Outcome) -> np.ndarray:
 def _entry(number: int, outcome: Outcome, options: schemas.Options) -> dict[str, Any]:
     entry: dict[str, Any] = {"object": "embedding", "index": number}
     if isinstance(outcome, ClipfleetError):
+        count_error(outcome)
         error = error_body(outcome)["error"]
         return entry | {"embedding": None, "error": {"code": error["code"], "message": error["message"]}}
     vector = _vector(outcome)

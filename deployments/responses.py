@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from functools import cache
+from typing import Any
 
 import orjson
+from ray.serve.metrics import Counter
 from starlette.responses import Response
 
 from clipfleet import errors
@@ -35,6 +38,21 @@ def status_of(error: ClipfleetError) -> int:
     return next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
 
 
+@cache
+def _errors_total() -> Counter:
+    tags: Any = ("tower", "code")  # Ray's annotation says a tuple of one
+    return Counter("clipfleet_errors_total", "Errors in answers, by code.", tag_keys=tags)
+
+
+_OF_IMAGES = (errors.ImageError, errors.InvalidBase64, errors.UnsupportedScheme, errors.ImageUrlsDisabled)
+
+
+def count_error(error: ClipfleetError) -> None:
+    """Add an error that stands in an answer to the metrics."""
+    tower = "image" if isinstance(error, _OF_IMAGES) else "none"
+    _errors_total().inc(tags={"tower": tower, "code": error.code})
+
+
 def error_body(error: ClipfleetError, param: str | None = None) -> dict[str, dict[str, str | None]]:
     """OpenAI's error body."""
     status = status_of(error)
@@ -43,7 +61,8 @@ def error_body(error: ClipfleetError, param: str | None = None) -> dict[str, dic
 
 
 def error_response(error: ClipfleetError, param: str | None = None) -> Response:
-    """The whole answer to a request that failed."""
+    """The whole answer to a request that failed, which is counted."""
+    count_error(error)
     status = status_of(error)
     response = json_response(error_body(error, param), status)
     if status in (429, 503):

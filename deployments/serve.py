@@ -43,14 +43,19 @@ def serve_until_stopped(
             port=port or http.get("port", 8000),
             metrics_port=metrics_port,
         ) as service:
-            say(f"clipfleet ready: {_url(service)} model={_wait_until_ready(service, arguments)}")
+            prefix = (_application(config).get("route_prefix") or "/").rstrip("/")
+            say(f"clipfleet ready: {_url(service)}{prefix} model={_wait_until_ready(service, prefix, arguments)}")
             service.wait()
     except KeyboardInterrupt:  # during the start, which has cleaned up after itself
         return
 
 
+def _application(config: dict[str, Any]) -> dict[str, Any]:
+    return next(entry for entry in config["applications"] if entry["name"] == APPLICATION)
+
+
 def _arguments(config: dict[str, Any]) -> dict[str, Any]:
-    application = next(entry for entry in config["applications"] if entry["name"] == APPLICATION)
+    application = _application(config)
     application["args"] = dict(application.get("args") or {})
     return application["args"]
 
@@ -72,14 +77,14 @@ def _url(service: Service) -> str:
     return f"http://{host}:{service.port}"
 
 
-def _wait_until_ready(service: Service, arguments: dict[str, Any]) -> str:
+def _wait_until_ready(service: Service, prefix: str, arguments: dict[str, Any]) -> str:
     local = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(service.host)
     base = f"http://{local}:{service.port}" if local else _url(service)
     deadline = time.monotonic() + _READY_S
     state = "no answer"
     while time.monotonic() < deadline:
         try:
-            answer = httpx.get(f"{base}/readyz", timeout=10, trust_env=False)
+            answer = httpx.get(f"{base}{prefix}/readyz", timeout=10, trust_env=False)
             if answer.status_code == 200:
                 return arguments.get("served_model_name") or arguments["model"]
             state = answer.text

@@ -1,0 +1,28 @@
+"""What a replica checks of its own deployment's config, which under `serve run` nobody has seen before it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import serve
+
+from clipfleet.settings import BatchSettings, check_batching, check_scaling, parse
+
+
+def check_own_scaling() -> tuple[str, int, float | None]:
+    """Refuse contradictory scaling; returns the deployment, its max_ongoing_requests and its target_ongoing_requests."""
+    context = serve.get_replica_context()
+    config = context._deployment_config
+    autoscaling = config.autoscaling_config
+    target = autoscaling.get_target_ongoing_requests() if autoscaling else None
+    check_scaling(context.deployment, config.max_ongoing_requests, target)
+    return context.deployment, config.max_ongoing_requests, target
+
+
+def own_batching(user_config: dict[str, Any] | None = None) -> BatchSettings:
+    """An encoder's batch settings: `user_config`, or what it is configured with. Raises SettingsError for contradictions."""
+    name, ceiling, target = check_own_scaling()
+    values = user_config if user_config is not None else serve.get_replica_context()._deployment_config.user_config
+    batch = parse(BatchSettings, values, f"{name}.user_config")
+    check_batching(name, batch, ceiling, target)
+    return batch
