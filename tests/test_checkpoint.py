@@ -11,6 +11,7 @@ import pytest
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from clipfleet.checkpoint import PixelSpec, find_checkpoint, parse_pixel_spec
+from clipfleet.encoder import Encoder
 from clipfleet.errors import CheckpointNotFound, CheckpointUnsupported
 from tests.checkpoints import TINY, copy_tiny, edit_json
 
@@ -152,3 +153,46 @@ def test_a_folder_without_a_checkpoint_says_so(tmp_path: Path) -> None:
 def test_what_can_be_no_hub_id_is_not_looked_for_on_the_hub(name: str) -> None:
     with pytest.raises(CheckpointNotFound, match=r"there is no such folder.*--model tiny"):
         find_checkpoint(name)
+
+
+def test_a_folder_without_a_tokenizer_is_refused_where_texts_are_wanted(tmp_path: Path) -> None:
+    """transformers would make an empty tokenizer, and every text the same vector."""
+    folder = copy_tiny(tmp_path / "copy")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    Encoder(str(folder), "cpu", towers=("image",))
+    with pytest.raises(CheckpointUnsupported, match="has no tokenizer"):
+        Encoder(str(folder), "cpu")
+
+
+def test_a_tokenizer_of_another_checkpoint_is_refused(tmp_path: Path) -> None:
+    folder = copy_tiny(tmp_path / "copy")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["vocab_size"] = 100
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointUnsupported, match="its text tower 100"):
+        Encoder(str(folder), "cpu")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"size": {"shortest_edge": -5}},
+        {"size": {"shortest_edge": 10**9}},
+        {"resample": 99},
+        {"image_std": [0, 0, 0]},
+        {"image_mean": [0.5]},
+    ],
+)
+def test_pixel_settings_that_cannot_be(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"sizes must lie|resample 99|image_mean and image_std"):
+        parse_pixel_spec({**CLIPImageProcessorPil().to_dict(), **wrong}, "clip")
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": 3}])
+def test_an_index_of_weights_that_names_none(tmp_path: Path, index: dict[str, Any]) -> None:
+    folder = copy_tiny(tmp_path / "copy")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointUnsupported, match="has no weight_map"):
+        find_checkpoint(str(folder))

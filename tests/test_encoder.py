@@ -317,3 +317,16 @@ def test_long_texts_leave_no_output_and_no_changed_setting() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert (done.stdout, done.stderr) == ("[True]\nTrue\n", "")
+
+
+def test_a_long_list_goes_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = Encoder("tiny", "cpu", towers=("text",))
+    texts = [f"a {'very ' * (number % 5)}red circle {number}" for number in range(23)] + ["long " * 200]
+    whole = encoder.encode_texts(texts)
+    monkeypatch.setattr("clipfleet.encoder._TEXTS_AT_ONCE", 5)
+    pieces = encoder.encode_texts(texts)
+    assert np.abs(whole.vectors - pieces.vectors).max() <= 1e-5
+    assert whole[1:] == pieces[1:] and whole.truncated == [False] * 23 + [True]
+    with pytest.raises(InvalidRequest) as refused:
+        encoder.encode_texts([*texts, "half a \ud800"])
+    assert refused.value.index == 24

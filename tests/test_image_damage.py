@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
+import struct
 import threading
+import zlib
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from clipfleet.errors import (
     ImageError,
     ImageFormatUnsupported,
     ImageNotFound,
+    ImageTooManyPixels,
     ImageUnreadable,
 )
 from clipfleet.images import decode, sniff
@@ -182,3 +186,47 @@ def test_a_damaged_image_does_not_change_the_next(files: dict[str, bytes]) -> No
         with pytest.raises(ImageError):
             decode(files[kind][:100], SPEC)
     assert (decode(files["JPEG"], SPEC).pixels == before).all()
+
+
+def test_a_jpeg_of_endless_scans_is_refused_unread() -> None:
+    """A scan of 95 bytes may touch all 64 million pixels: 20 MiB of them would take hours."""
+    data = encode(picture("L", 640, 480), "JPEG", progressive=True)
+    start = data.rindex(b"\xff\xda")
+    scan, end = data[start:-2], data[-2:]
+    assert outcome(data[:start] + 20 * scan + end) == "pixels"
+    with pytest.raises(ImageCorrupt, match=r"scans; the limit is 100"):
+        decode(data[:start] + 200 * scan + end, SPEC)
+
+
+def test_a_png_of_endless_chunks_is_refused_unread() -> None:
+    data = encode(picture("RGB", 30, 20), "PNG")
+    chunk = struct.pack(">I", 0) + b"teSt" + struct.pack(">I", zlib.crc32(b"teSt"))
+    assert outcome(data[:33] + 100 * chunk + data[33:]) == "pixels"
+    with pytest.raises(ImageCorrupt, match="more than 10,000 chunks"):
+        decode(data[:33] + 20_000 * chunk + data[33:], SPEC)
+
+
+def test_a_tiff_whose_tile_is_larger_than_the_image() -> None:
+    file = io.BytesIO()
+    tile = zlib.compress(bytes(16384 * 16384))
+    entries = [(256, 4, 100), (257, 4, 100), (258, 3, 8), (259, 3, 8), (262, 3, 1), (277, 3, 1),
+               (322, 4, 16384), (323, 4, 16384), (324, 4, 8 + 2 + 10 * 12 + 4), (325, 4, len(tile))]  # fmt: skip
+    file.write(struct.pack("<2sHIH", b"II", 42, 8, len(entries)))
+    for tag, kind, value in entries:
+        file.write(struct.pack("<HHII", tag, kind, 1, value))
+    file.write(struct.pack("<I", 0) + tile)
+    with pytest.raises(ImageTooManyPixels, match="a tile of the TIFF has 16384 x 16384"):
+        decode(file.getvalue(), SPEC)
+
+
+@pytest.mark.parametrize("brands", [b"heic\0\0\0\0mif1heic", b"mif1\0\0\0\0mif1heicmiaf", b"isom\0\0\0\0mp42"])
+def test_other_files_in_avifs_container_are_no_images(brands: bytes) -> None:
+    box = struct.pack(">I", len(brands) + 8) + b"ftyp" + brands
+    assert outcome(box + bytes(100)) == "image_format_unsupported"
+    assert sniff(struct.pack(">I", 28) + b"ftypmif1\0\0\0\0mif1avifmiaf" + bytes(9)) == "AVIF"
+
+
+@pytest.mark.parametrize("source", [None, 5, ["a.png"]])
+def test_what_is_no_source_is_a_type_error(source: object) -> None:
+    with pytest.raises(TypeError, match="path, bytes or a PIL image"):
+        decode(source, SPEC)  # type: ignore[arg-type]

@@ -136,3 +136,61 @@ def test_keys_come_from_file_and_environment(monkeypatch: pytest.MonkeyPatch) ->
     assert service_settings({"model": "tiny", "api_keys": ["one"]}).api_keys == ("one", "two", "three")
     monkeypatch.delenv("CLIPFLEET_API_KEYS")
     assert service_settings({"model": "tiny"}).api_keys == ()
+
+
+@pytest.mark.parametrize("keys", ["secret", 5, {"a": 1}])
+def test_keys_must_be_a_list_whatever_the_environment_says(monkeypatch: pytest.MonkeyPatch, keys: Any) -> None:
+    """Spread into a list, a string would become keys of one letter."""
+    monkeypatch.setenv("CLIPFLEET_API_KEYS", "real")
+    with pytest.raises(SettingsError, match="api_keys"):
+        service_settings({"model": "tiny", "api_keys": keys})
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"precision": "int8", "engine": "torch"},
+        {"device": "cuda", "engine": "openvino"},
+        {"device": "cuda", "precision": "int8"},
+        {"precision": "float16", "engine": "openvino"},
+    ],
+)
+def test_engines_that_cannot_are_refused_before_anything_starts(args: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match="openvino"):
+        service_settings({"model": "tiny", **args})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"http_options": "x"},
+        {"http_options": {"port": 70_000}},
+        {"applications": ["clipfleet"]},
+        {"applications": [{"import_path": "a:b"}]},
+        {"applications": [{"name": "clipfleet", "import_path": "deployments.graph:build", "deployments": 5}]},
+        {"applications": [{"name": "clipfleet", "import_path": "deployments.graph:build", "args": [1]}]},
+    ],
+)
+def test_files_of_a_wrong_form_are_one_error(change: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match="config 'mine'"):
+        check_config({**copy.deepcopy(DEMO), **change}, "mine")
+
+
+@pytest.mark.parametrize(
+    ("deployment", "word"),
+    [
+        ({"name": "ImageEncoder"}, "listed twice"),
+        ({"name": "TextEncoder", "num_replicas": 0}, "num_replicas"),
+        ({"name": "TextEncoder", "user_config": {"batch_wait_timeout_s": float("inf")}}, "batch_wait_timeout_s"),
+        ({"name": "ImageDecoder", "user_config": {"max_batch_size": 4}}, "takes no user_config"),
+        ({"name": "Ingress", "max_queued_requests": 5}, "inflight_items"),
+    ],
+)
+def test_deployments_that_cannot_work(deployment: dict[str, Any], word: str) -> None:
+    config = copy.deepcopy(DEMO)
+    listed = application(config)["deployments"]
+    if word != "listed twice":
+        listed[:] = [entry for entry in listed if entry["name"] != deployment["name"]]
+    listed.append(deployment)
+    with pytest.raises(SettingsError, match=word):
+        check_config(config, "mine")

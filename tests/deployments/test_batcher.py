@@ -156,3 +156,30 @@ def test_probes_are_no_traffic() -> None:
         assert await batches.submit([], LATER) == []
 
     asyncio.run(scenario())
+
+
+def test_a_short_call_does_not_wait_for_a_long_one() -> None:
+    async def scenario() -> None:
+        model = Model()
+        batches = batcher(model, largest=4)
+        long = batches.enqueue(list(range(40)), LATER)
+        short = batches.enqueue(["short"], LATER)
+        assert await short == [("done", "short")]
+        assert not long.done()
+        await long
+
+    asyncio.run(scenario())
+
+
+def test_what_a_cancelled_call_still_waits_for_is_dropped() -> None:
+    async def scenario() -> None:
+        model = Model()
+        batches = batcher(model, largest=4)
+        with model.busy:
+            long = batches.enqueue(list(range(40)), LATER)
+            await started(model, 1)
+            long.cancel()
+        assert await batches.submit(["next"], LATER) == [("done", "next")]
+        assert sum(map(len, model.batches)) == 5
+
+    asyncio.run(scenario())

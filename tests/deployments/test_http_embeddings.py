@@ -198,3 +198,32 @@ def test_every_error_of_the_tree_has_a_status() -> None:
         return [leaf for child in kind.__subclasses__() for leaf in leaves(child)] or [kind]
 
     assert all(400 <= status_of(leaf("message")) <= 504 for leaf in leaves(ClipfleetError))
+
+
+@pytest.mark.parametrize("item", ['"a"', '{"text":"a"}', "[]", '{"image":"a,b"}', "1"])
+def test_a_body_of_a_million_items_is_refused_unparsed(http: httpx.Client, item: str) -> None:
+    body = f'{{"input": [{",".join([item] * 1_000_000)}]}}'
+    refused(
+        http.post("/v1/embeddings", content=body, headers={"Content-Type": "application/json"}),
+        413,
+        "too_many_items",
+        None,
+    )
+
+
+def test_texts_may_be_full_of_commas_and_braces(http: httpx.Client) -> None:
+    text = '{,["\\",' * 9_000
+    assert len(vectors(http.post("/v1/embeddings", json={"input": [text, "red, green"]}))) == 2
+
+
+def test_a_deadline_of_endless_zeros(http: httpx.Client) -> None:
+    answer = http.post("/v1/embeddings", json={"input": "a"}, headers={"X-Deadline-Ms": "0" * 5000 + "1"})
+    refused(answer, 400, "invalid_request", None)
+
+
+@pytest.mark.parametrize(
+    "name", ["X-Request-Id", "X-Session-Id", "X-Request-Timeout-Seconds", "serve_multiplexed_model_id"]
+)
+def test_headers_of_serve_that_are_no_text(http: httpx.Client, name: str) -> None:
+    answer = http.post("/v1/embeddings", json={"input": "a"}, headers=[(name.encode(), b"\xff")])
+    assert answer.status_code == 200

@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import io
 import json
+import socket
 
 import httpx
 import numpy as np
 import pytest
 
 from tests.deployments.broken import BROKEN
+from tests.deployments.service import Service
 from tests.deployments.test_http_embeddings import refused, vectors
 from tests.library import Library
 from tests.pictures import encode, picture
@@ -122,3 +124,43 @@ def test_options_that_are_none(http: httpx.Client, files: list[bytes]) -> None:
         refused(answer, 400, "invalid_request", name)
     answer = http.post(URL, content=files[0], headers={"Content-Type": "image/png"}, params={"model": "other"})
     refused(answer, 404, "model_not_found", "model")
+
+
+def multipart(*parts: bytes, end: bytes = b"--cut--\r\n") -> dict[str, object]:
+    body = b"".join(b"--cut\r\n" + part + b"\r\n" for part in parts) + end
+    return {"content": body, "headers": {"Content-Type": "multipart/form-data; boundary=cut"}}
+
+
+def part(name: bytes, content: bytes) -> bytes:
+    return b"Content-Disposition: form-data; name=files; " + name + b"\r\n\r\n" + content
+
+
+def test_a_multipart_body_that_was_cut_is_refused(http: httpx.Client, files: list[bytes]) -> None:
+    """Its last image would be missing without a word."""
+    one, two = part(b'filename="1.png"', files[0]), part(b'filename="2.png"', files[1])
+    assert len(vectors(http.post(URL, **multipart(one, two)))) == 2
+    for end in (b"", b"--cut", b"--cut\r\n" + two[: len(two) // 2]):
+        refused(http.post(URL, **multipart(one, end=end)), 400, "invalid_request", None)
+
+
+def test_parts_that_name_their_file_otherwise(http: httpx.Client, files: list[bytes]) -> None:
+    parts = (
+        part(b"filename*=UTF-8''%C3%A4.png", files[0]),
+        part(b"filename=2.png", files[1]),
+        part(b"x=1", b"a field"),
+    )
+    assert len(vectors(http.post(URL, **multipart(*parts)))) == 2
+
+
+def test_uploads_that_stall_do_not_keep_others_out(service: Service, http: httpx.Client, files: list[bytes]) -> None:
+    head = b"POST /v1/embeddings/images HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n"
+    stalled = []
+    try:
+        for _ in range(10):  # 640 MiB announced
+            connection = socket.create_connection(("127.0.0.1", service.port))
+            connection.sendall(head % 2**26 + bytes(5 * 2**20))  # more than HAProxy waits for
+            stalled.append(connection)
+        assert len(vectors(http.post(URL, files=upload(files[:2])))) == 2
+    finally:
+        for connection in stalled:
+            connection.close()

@@ -6,14 +6,17 @@ import os
 import signal
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 
 from tests.deployments.processes import Process, alive, of_folder, private_folder, until
 from tests.deployments.service import BIN, ROOT, Service, free_ports, running
+from tests.pictures import encode, picture
 
 
 def refused(*arguments: str | Path, **variables: Any) -> str:
@@ -133,6 +136,12 @@ def test_a_killed_replica_fails_no_request(service: Service, files: list[bytes],
     assert successor.pid != victim.pid
 
 
+def _embed(port: int, images: list[bytes]) -> int:
+    files = [("files", (f"{number}.jpg", image, "image/jpeg")) for number, image in enumerate(images)]
+    address = f"http://127.0.0.1:{port}/v1/embeddings/images"
+    return httpx.post(address, files=files, timeout=60, trust_env=False).status_code
+
+
 def test_a_group_signal_stops_it_in_order() -> None:
     """`kill %1` in a shell reaches the whole process group; Ctrl-C in a terminal does too."""
     with private_folder() as folder:
@@ -141,7 +150,12 @@ def test_a_group_signal_stops_it_in_order() -> None:
         with running(BIN / "clipfleet", "serve", "demo", *ports, folder=folder) as command:
             command.wait_for("clipfleet ready: ")
             known = command.below()
-            os.killpg(command.pid, signal.SIGINT)
+            with ThreadPoolExecutor(6) as clients:
+                image = encode(picture("RGB", 1500, 1500), "JPEG")
+                answers = [clients.submit(_embed, port, 12 * [image]) for _ in range(6)]
+                until(lambda: any(answer.done() for answer in answers), 60, "a first answer")
+                os.killpg(command.pid, signal.SIGINT)
+                assert [answer.result() for answer in answers] == 6 * [200], "what was in flight is finished"
             assert command.wait(60) == 0 and command.err == ""
             assert known and not alive(known)
 

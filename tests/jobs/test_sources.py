@@ -17,7 +17,7 @@ from jobs.ledger import Ledger, State
 from jobs.manifests import open_manifest
 from jobs.options import EmbedOptions
 from jobs.sources import Item, in_order, matches, open_files
-from tests.jobs.job import embed, errors, read, vectors
+from tests.jobs.job import embed, errors, read, summary, vectors
 
 
 def items(source: Path | str) -> list[Item]:
@@ -154,11 +154,6 @@ class TestOptions:
         with pytest.raises(SettingsError, match="holds no images"):
             run(EmbedOptions(source=str(tmp_path / "empty"), dest=str(tmp_path / "out"), model="tiny"))
 
-    def test_a_dest_that_is_no_folder(self, tree: Path, tmp_path: Path) -> None:
-        (tmp_path / "file").touch()
-        with pytest.raises(JobError, match="DEST"):
-            run(EmbedOptions(source=str(tree), dest=str(tmp_path / "file"), model="tiny"))
-
     def test_files_in_dest_that_are_not_ours(self, tree: Path, tmp_path: Path) -> None:
         dest = tmp_path / "out"
         dest.mkdir()
@@ -201,3 +196,54 @@ def test_a_manifest_of_paths(tmp_path: Path, picture_files: list[Path]) -> None:
     assert done.status == 3, done.err
     assert errors(read(tmp_path / "out")) == {"gone": "file_not_found"}
     assert "007" in vectors(read(tmp_path / "out"))
+
+
+def test_rows_of_file_systems_that_fail_are_rows_with_errors(tmp_path: Path, picture_files: list[Path]) -> None:
+    """Each such system has exceptions of its own; none of them may stop the job."""
+    names = tmp_path / "names"
+    names.mkdir()
+    for name in ("a b#1.png", "100%41.png", "ü.png"):
+        (names / name).write_bytes(picture_files[0].read_bytes())
+    manifest = tmp_path / "manifest.jsonl"
+    rows: list[Any] = [str(picture_files[0]), "nosuch://there/a.png", None, "", (names / "a b#1.png").as_uri()]
+    manifest.write_text("".join(json.dumps({"path": path}) + "\n" for path in rows))
+    done = embed(manifest, tmp_path / "out")
+    assert done.status == 3, done.err
+    assert errors(read(tmp_path / "out")) == {
+        "nosuch://there/a.png": "file_unreadable", "#2": "file_not_found", "#3": "file_not_found",
+    }  # fmt: skip
+
+    done = embed(names.as_uri(), tmp_path / "by-uri")
+    assert (done.status, errors(read(tmp_path / "by-uri"))) == (0, {}), done.err
+    done = embed(names.as_uri(), tmp_path / "by-uri", "--precision", "bfloat16")
+    assert done.status == 0 and "nothing to do" in done.out
+    assert summary(tmp_path / "by-uri")["precision"] == "float32", "what DEST holds, not what was asked for"
+
+
+@pytest.mark.parametrize("dest", ["s3://bucket/out", "a-file"])
+def test_a_dest_that_can_be_no_folder_is_wrong_usage(tmp_path: Path, picture_files: list[Path], dest: str) -> None:
+    (tmp_path / "a-file").touch()
+    with pytest.raises(SettingsError, match="folder"):
+        run(
+            EmbedOptions(
+                source=str(picture_files[0].parent), dest=dest if ":" in dest else str(tmp_path / dest), model="tiny"
+            )
+        )
+
+
+def test_columns_of_json_lines_may_come_late_and_a_mark_may_stand_first(tmp_path: Path) -> None:
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text('{"path": "a"}\n{"path": "b", "sku": "7"}\n', encoding="utf-8-sig")
+    options = EmbedOptions(source=str(manifest), dest=str(tmp_path), id_column="sku")
+    with pytest.raises(JobError, match=r"row 0 .* has no id"):
+        list(open_manifest(options).items)
+    manifest.write_text('{"path": "b", "sku": "7"}\n' + "[" * 100_000)
+    with pytest.raises((SettingsError, JobError), match="cannot read"):
+        list(open_manifest(options).items)
+
+
+def test_a_column_that_stands_twice(tmp_path: Path) -> None:
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["path", "path"])
+    pq.write_table(table, tmp_path / "m.parquet")
+    with pytest.raises(SettingsError, match="several columns 'path'"):
+        open_manifest(EmbedOptions(source=str(tmp_path / "m.parquet"), dest="d"))
