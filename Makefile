@@ -13,13 +13,14 @@ SUITABLE := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test check clean
+.PHONY: help setup demo test check bench clean
 
 help:
 	@echo 'make setup   make .venv and install the pinned versions and this tree (editable)'
 	@echo 'make demo    set up, then serve, embed, rank and run the job on pictures, and stop'
 	@echo 'make test    set up, then run every test'
 	@echo 'make check   set up, then lint, formatting and types'
+	@echo 'make bench   set up, then measure against the alternatives (an hour; ARGS=library for a part)'
 	@echo 'make clean   remove .venv and all that builds, tests and the demo wrote'
 
 setup: $(STAMP)
@@ -46,6 +47,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP_INSTALL) --no-build-isolation --editable '.[serve,openvino,test]'
 	@touch $(STAMP)
 	@echo 'set up: $(BIN)/clipfleet'
+
+bench: setup
+	@$(BIN)/python -m benchmarks $(ARGS)
 
 demo: setup
 	@$(BIN)/python scripts/demo.py

@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks import library, service
+from benchmarks import job, library, service, start, transport
 from benchmarks.data import CACHE
-from benchmarks.report import Row, machine, table
+from benchmarks.report import Row, as_json, machine, table
 
-WORKLOADS: dict[str, Callable[[int], list[Row]]] = {"library": library.measure, "service": service.measure}
+WORKLOADS: dict[str, Callable[[int, list[str]], list[Row]]] = {
+    "library": library.measure,
+    "transport": transport.measure,
+    "start": start.measure,
+    "service": service.measure,
+    "job": job.measure,
+}
 
 
 def main() -> None:
@@ -30,13 +36,18 @@ def main() -> None:
         parser.error(f"there is no workload {', '.join(sorted(unknown))}; there are {', '.join(WORKLOADS)}")
 
     rows: list[Row] = []
+    notes: list[str] = []
+    arguments.out.mkdir(parents=True, exist_ok=True)
     for name in arguments.workloads or WORKLOADS:
         print(f"--- {name}", flush=True)
-        rows += WORKLOADS[name](arguments.repetitions)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "table.md").write_text(f"{machine()}\n\n{table(rows)}\n")
-    (arguments.out / "table.json").write_text(json.dumps([asdict(row) for row in rows], indent=2))
-    print(f"\n{machine()}\n\n{table(rows)}")
+        began = time.monotonic()
+        rows += WORKLOADS[name](arguments.repetitions, notes)
+        print(f"{name} took {time.monotonic() - began:.0f} s", flush=True)
+        # After each, so that what was measured is not lost with what fails later.
+        listed = "\n".join(f"- {note}" for note in notes)
+        (arguments.out / "table.md").write_text(f"{machine()}\n\n{table(rows)}\n\n{listed}\n")
+        (arguments.out / "table.json").write_text(json.dumps(as_json(rows, notes), indent=2))
+    print(f"\n{(arguments.out / 'table.md').read_text()}")
 
 
 if __name__ == "__main__":

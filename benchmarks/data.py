@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 CACHE = ROOT / "build" / "bench"
 SHAPES = ((4, 3), (3, 2), (1, 1), (3, 4), (2, 3), (16, 9))  # as cameras and shops have them
 WIDTHS = (640, 4000)  # of the longer edge, in pixels; the logarithm is uniform
+LIBRARY_FILES = 384
 GRAIN = 5.0  # standard deviation of the noise, of 255
 
 

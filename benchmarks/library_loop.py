@@ -1,4 +1,7 @@
-"""The library as a program of the protocol in benchmarks/programs.py: `library_loop.py CHECKPOINT PRECISION FILE...`."""
+"""The library as a program of the protocol in benchmarks/programs.py.
+
+library_loop.py CHECKPOINT PRECISION whole|reduced FILE...
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,8 @@ from clipfleet import CLIPEmbedder
 
 def main() -> None:
     logger.remove()
-    checkpoint, precision, *files = sys.argv[1:]
-    embedder = CLIPEmbedder(checkpoint, "cpu", precision=precision)
+    checkpoint, precision, jpeg, *files = sys.argv[1:]
+    embedder = CLIPEmbedder(checkpoint, "cpu", precision=precision, reduced_jpeg=jpeg == "reduced")
 
     def embed(paths: list[str]) -> np.ndarray:
         return np.stack(asyncio.run(embedder.generate_embeddings_batch(paths, show_progress=False)))  # type: ignore[arg-type]

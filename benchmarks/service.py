@@ -1,236 +1,114 @@
-"""Requests to vectors over HTTP: `clipfleet serve` against infinity-emb, with the load generator on the same cores.
+"""Requests to vectors over HTTP, with the load generator on the same cores: `clipfleet serve` against infinity-emb and
+LitServe, and against the library on the same files.
 
-Both get the same photographs, one a request: clipfleet as raw bytes, infinity as the data URI that its API takes. Every
-repetition starts, warms, loads and stops one service after the other.
+All get the same photographs: clipfleet as raw bytes, the others as the base64 that their APIs take. Every repetition starts,
+warms, loads and stops one service after the other, and runs the library between them.
 """
 
 from __future__ import annotations
 
-import base64
-import http.client
-import json
-import os
-import signal
-import socket
-import statistics
-import subprocess
 import sys
 import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import cycle, islice
 from pathlib import Path
 
-import yaml
-
 from benchmarks import data
-from benchmarks.environments import INFINITY, INFINITY_WITHOUT, environment
-from benchmarks.programs import Spread, ratio
+from benchmarks.programs import Program, Spread, ratio, running
 from benchmarks.report import Row
-from clipfleet.samples import texts
+from benchmarks.services import Service, Work, clipfleet, infinity, litserve
 
-FILES = 64
-START_S = 300
-# name: requests and clients
-LOADS = {"1 client": (24, 1), "16 clients": (160, 16), "64 clients": (256, 64)}
-TEXTS = (512, 16)
+FILES = 96
+PRECISIONS = ("float32", "int8")
 
 
-@dataclass(frozen=True)
-class Request:
-    path: str
-    headers: dict[str, str]
-    body: bytes
-
-
-@dataclass(frozen=True)
-class Load:
-    """What one run of requests took."""
-
-    rate: float  # requests/s
-    p50: float  # seconds
-    p99: float
-
-
-def load(port: int, requests: Sequence[Request], clients: int) -> Load:
-    """Send the requests from `clients` threads, each on one kept connection."""
-    pending, seconds, lock = iter(requests), list[float](), threading.Lock()
-    failures: list[str] = []
-
-    def client() -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-        while not failures:
-            with lock:
-                request = next(pending, None)
-            if request is None:
-                break
-            started = time.perf_counter()
-            connection.request("POST", request.path, request.body, request.headers)
-            answer = connection.getresponse()
-            content = answer.read()
-            seconds.append(time.perf_counter() - started)
-            if answer.status != 200:
-                failures.append(f"{answer.status} {content[:300]!r}")
-        connection.close()
-
-    threads = [threading.Thread(target=client) for _ in range(clients)]
-    started = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    elapsed = time.perf_counter() - started
-    if failures:
-        raise RuntimeError(f"a request failed: {failures[0]}")
-    return Load(len(requests) / elapsed, statistics.median(seconds), statistics.quantiles(seconds, n=100)[98])
-
-
-@dataclass
-class Service:
-    """A kind of service: how it starts, and how it is asked."""
-
-    name: str
-    command: Callable[[int], list[str | Path]]
-    image: Callable[[bytes], Request]
-    text: Callable[[str], Request]
-    ready: str
-    variables: dict[str, str] = field(default_factory=dict)
-    loads: dict[str, list[Load]] = field(default_factory=dict)
-    starts: list[float] = field(default_factory=list)
-
-    def measure(self, images: Sequence[bytes], words: Sequence[str]) -> None:
-        """Start it, load it once in each way, and stop it."""
-        pictures = [self.image(image) for image in images]
-        queries = [self.text(word) for word in words]
-        with self._running() as port:
-            load(port, [*pictures[:32], *queries[:32]], 16)
-            for name, (count, clients) in LOADS.items():
-                self.loads.setdefault(name, []).append(load(port, list(islice(cycle(pictures), count)), clients))
-            self.loads.setdefault("texts", []).append(load(port, list(islice(cycle(queries), TEXTS[0])), TEXTS[1]))
-        print(f"{self.name}: " + ", ".join(
-            f"{name} {found[-1].rate:.1f}/s (p50 {found[-1].p50 * 1000:.0f} ms, p99 {found[-1].p99 * 1000:.0f} ms)"
-            for name, found in self.loads.items()
-        ) + f", ready in {self.starts[-1]:.1f} s", flush=True)  # fmt: skip
-
-    @contextmanager
-    def _running(self) -> Iterator[int]:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
-        with tempfile.TemporaryFile() as log:
-            started = time.monotonic()
-            process = subprocess.Popen(
-                [str(part) for part in self.command(port)],
-                env={**os.environ, **self.variables},
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-            try:
-                while not self._answers(port):
-                    if process.poll() is not None or time.monotonic() - started > START_S:
-                        log.seek(0)
-                        raise RuntimeError(f"{self.name} did not start:\n{log.read().decode(errors='replace')[-3000:]}")
-                    time.sleep(0.2)
-                self.starts.append(time.monotonic() - started)
-                yield port
-            finally:
-                process.send_signal(signal.SIGINT)
-                try:
-                    process.wait(60)
-                except subprocess.TimeoutExpired:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
-
-    def _answers(self, port: int) -> bool:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-        try:
-            connection.request("GET", self.ready)
-            return connection.getresponse().status == 200
-        except OSError:
-            return False
-        finally:
-            connection.close()
-
-    def rates(self, name: str) -> Spread:
-        return Spread.of([found.rate for found in self.loads[name]])
-
-    def times(self, name: str, part: str) -> Spread:
-        """p50 or p99 in milliseconds."""
-        return Spread.of([getattr(found, part) * 1000 for found in self.loads[name]])
-
-
-def clipfleet(checkpoint: Path, precision: str, folder: Path) -> Service:
-    """configs/demo.yaml, which is for 2 cores, with as many threads an encoder as there are cores."""
-    config = yaml.safe_load((data.ROOT / "configs" / "demo.yaml").read_text())
-    threads = os.cpu_count() or 1
-    config["applications"][0]["args"] |= {"precision": precision, "threads_per_replica": threads}
-    file = folder / f"{precision}.yaml"
-    file.write_text(yaml.safe_dump(config))
-    json_type = {"Content-Type": "application/json"}
-    return Service(
-        f"clipfleet {precision}",
-        lambda port: [
-            Path(sys.executable).parent / "clipfleet", "serve", file, "--model", checkpoint,
-            "--port", str(port), "--metrics-port", str(port - 1),
-        ],
-        lambda image: Request(
-            "/v1/embeddings/images", {"Content-Type": "image/jpeg", "Accept": "application/x-npy"}, image
-        ),
-        lambda text: Request("/v1/embeddings", json_type, json.dumps({"input": text, "encoding_format": "base64"}).encode()),
-        "/readyz",
-    )  # fmt: skip
-
-
-def infinity(checkpoint: Path) -> Service:
-    executable = environment("infinity", INFINITY, INFINITY_WITHOUT) / "infinity_emb"
-
-    def request(modality: str, content: str) -> Request:
-        body = {"model": "bench", "input": [content], "modality": modality, "encoding_format": "base64"}
-        return Request("/embeddings", {"Content-Type": "application/json"}, json.dumps(body).encode())
-
-    return Service(
-        "infinity-emb 0.0.78",
-        lambda port: [
-            executable, "v2", "--model-id", checkpoint, "--served-model-name", "bench", "--engine", "torch",
-            "--device", "cpu", "--no-bettertransformer", "--batch-size", "32", "--host", "127.0.0.1", "--port", str(port),
-        ],
-        lambda image: request("image", f"data:image/jpeg;base64,{base64.b64encode(image).decode()}"),
-        lambda text: request("text", text),
-        "/health",
-        {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "INFINITY_ANONYMOUS_USAGE_STATS": "0"},
-    )  # fmt: skip
-
-
-def measure(repetitions: int) -> list[Row]:
+def measure(repetitions: int, notes: list[str]) -> list[Row]:
     checkpoint = data.checkpoint()
-    images = [path.read_bytes() for path in data.files(data.photographs(384))[:FILES]]
-    words = texts(128, 3)
-    with tempfile.TemporaryDirectory() as folder:
-        exact, quick = (clipfleet(checkpoint, precision, Path(folder)) for precision in ("float32", "int8"))
-        theirs = infinity(checkpoint)
-        for _ in range(repetitions):
-            for service in (exact, theirs, quick):
-                service.measure(images, words)
-    rows: list[Row] = []
-    for ours, precision, rate, texts_, wait in (
-        (exact, "float32", "1.6", "2.3", "1"),
-        (quick, "int8", "4", "5", "0.5"),
+    paths = data.files(data.photographs(data.LIBRARY_FILES))[:FILES]
+    work = Work([path.read_bytes() for path in paths])
+    libraries = {
+        precision: Program(
+            f"library, {precision}",
+            sys.executable,
+            "-m",
+            "benchmarks.library_loop",
+            checkpoint,
+            precision,
+            "whole",
+            *paths,
+        )
+        for precision in PRECISIONS
+    }
+    rates: dict[str, list[float]] = {precision: [] for precision in PRECISIONS}
+    with tempfile.TemporaryDirectory() as folder, running(*libraries.values()):
+        ours = {precision: clipfleet(checkpoint, precision, Path(folder)) for precision in PRECISIONS}
+        peers = {"infinity": infinity(checkpoint), "litserve": litserve(checkpoint)}
+        for repetition in range(repetitions):
+            sides = [*ours.values(), *peers.values()]
+            for side in sides if repetition % 2 == 0 else reversed(sides):
+                _try(side, work, peers, notes)
+            for precision, program in libraries.items():
+                rates[precision].append(FILES / program.run(FILES))
+    for side in [*ours.values(), *peers.values()]:
+        sizes = ", ".join(f"{name} {size:.0f}" for name, size in sorted(side.megabytes.items()) if size >= 5)
+        notes.append(f"Memory of {side.name} under load, MB a kind of process (shared pages divided): {sizes}")
+    library = {precision: Spread.of(found) for precision, found in rates.items()}
+    return [row for precision in PRECISIONS for row in _rows(ours[precision], precision, peers, library[precision])]
+
+
+def _try(side: Service, work: Work, peers: dict[str, Service], notes: list[str]) -> None:
+    try:
+        side.measure(work)
+    except RuntimeError as error:
+        if side not in peers.values():
+            raise
+        notes.append(f"{side.name} could not be measured: {str(error)[:1000]}")
+
+
+def _rows(ours: Service, precision: str, peers: dict[str, Service], library: Spread) -> list[Row]:
+    exact = precision == "float32"
+
+    def figure(side: Service, name: str, part: str) -> Spread:
+        scale = 1 if part == "rate" else 1000
+        return Spread.of([getattr(found, part) * scale for found in side.loads[name]])
+
+    def against(
+        peer: Service, work: str, name: str, part: str, target: float | None = None, *, at_most: bool = False
+    ) -> list[Row]:
+        if len(peer.loads.get(name, ())) < len(ours.loads[name]):
+            return []
+        a, b = figure(ours, name, part), figure(peer, name, part)
+        unit = "/s" if part == "rate" else f"ms {part}"
+        return [Row(f"{work}, {precision}", a, unit, peer.name, b, ratio(a, b), target, at_most)]
+
+    one = "one image a request"
+    infinity, litserve = peers["infinity"], peers["litserve"]
+    rows = [
+        *against(infinity, f"service, 16 clients, {one}", "16 clients", "rate", 1.6 if exact else 4),
+        *against(infinity, f"service, 16 clients, {one}", "16 clients", "p50", 1, at_most=True),
+        *against(infinity, f"service, 16 clients, {one}", "16 clients", "p99", 1, at_most=True),
+        *against(infinity, f"service, 1 client, {one}", "1 client", "p50", 1 if exact else 0.5, at_most=True),
+        *against(infinity, f"service, 64 clients, {one}", "64 clients", "rate"),
+        *against(infinity, "service, 16 images a request, 4 clients", "16 images a request", "rate"),
+        *against(infinity, "service, texts, 16 clients", "texts", "rate", 2.3 if exact else 5),
+        *against(litserve, f"service, 16 clients, {one}", "16 clients", "rate"),
+        *against(litserve, "service, texts, 16 clients", "texts", "rate"),
+    ]
+    for name, target in (
+        ("16 clients", 0.85 if exact else 0.75),
+        ("16 clients, base64 in JSON", 0.75 if exact else 0.65),
     ):
-
-        def row(work: str, name: str, part: str, target: str, ours: Service = ours, precision: str = precision) -> None:
-            sides = [side.rates(name) if part == "rate" else side.times(name, part) for side in (ours, theirs)]
-            unit = "/s" if part == "rate" else f"ms {part}"
-            rows.append(
-                Row(f"{work}, {precision}", unit, sides[0], sides[1], theirs.name, ratio(sides[0], sides[1]), target)
-            )
-
-        row("service, 16 clients, one image a request", "16 clients", "rate", rate)
-        row("service, 16 clients, one image a request", "16 clients", "p50", "below 1")
-        row("service, 16 clients, one image a request", "16 clients", "p99", "below 1")
-        row("service, 1 client, one image a request", "1 client", "p50", f"at most {wait}")
-        row("service, texts, 16 clients", "texts", "rate", texts_)
-        row("service, 64 clients, one image a request", "64 clients", "rate", "none")
+        a = figure(ours, name, "rate")
+        what = "raw bytes" if name == "16 clients" else "base64 in JSON"
+        rows.append(
+            Row(f"service, 16 clients, {what}, {precision}", a, "/s", "library", library, ratio(a, library), target)
+        )
+    sizes = Spread.of(ours.batch_sizes)
+    rows.append(Row(f"mean batch, 64 clients, max 32, {precision}", sizes, "images", "", None, sizes, 16))
+    for part, target, at_most in (("rate", 0.95, False), ("p99", 5, True)):
+        a, b = figure(ours, "64 clients", part), figure(ours, "16 clients", part)
+        unit = "/s" if part == "rate" else "ms p99"
+        rows.append(Row(f"service, 64 clients, {precision}", a, unit, "16 clients", b, ratio(a, b), target, at_most))
+    a, b = figure(ours, "text beside images", "p50"), figure(ours, "text alone", "p50")
+    rows.append(
+        Row(f"a text while images saturate, {precision}", a, "ms p50", "a text alone", b, ratio(a, b), 3, at_most=True)
+    )
     return rows

@@ -187,6 +187,73 @@ def models(
             typer.echo(json.dumps(entry, ensure_ascii=False))
 
 
+@app.command(
+    epilog="Examples:  clipfleet bench http://127.0.0.1:8000  |  clipfleet bench http://127.0.0.1:8000 photos/*.jpg "
+    "--clients 64 --requests 1000"
+)
+def bench(
+    url: Annotated[str, typer.Argument(help="A running service.")],
+    images: Annotated[list[Path] | None, typer.Argument(help="Image files to send; default: drawn ones.")] = None,
+    texts: Annotated[bool, typer.Option("--texts", help="Send texts, all different, instead of images.")] = False,
+    clients: Annotated[int, typer.Option(min=1, help="Requests in flight at once.")] = 16,
+    requests: Annotated[int, typer.Option(min=1, help="How many in all.")] = 200,
+    items: Annotated[int, typer.Option(min=1, help="Images or texts in one request.")] = 1,
+    api_key: Annotated[str | None, typer.Option(envvar="CLIPFLEET_API_KEY", help="Key of that service.")] = None,
+) -> None:
+    """Load a running service and print its throughput and percentiles. Ends with status 3 if a request failed."""
+    with _reported("local"):
+        from clipfleet.bench import bench as run_bench
+
+        result = run_bench(
+            url, images=images or [], texts=texts, clients=clients, requests=requests, items=items, api_key=api_key
+        )
+        typer.echo(str(result))
+        raise typer.Exit(FAILED_ROWS if result.failures else 0)
+
+
+@app.command(
+    epilog="Examples:  clipfleet plan photos/ --model tiny  |  clipfleet plan photos/ --precision int8 --core-price 0.04 "
+    "--out mine.yaml  (then: clipfleet serve mine.yaml)"
+)
+def plan(
+    source: Annotated[Path | None, typer.Argument(help="A folder of images like yours; default: drawn ones.")] = None,
+    model: Annotated[str, typer.Option(help=_MODEL_HELP)] = _DEFAULT_MODEL,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    precision: Annotated[str, typer.Option(help="float32, float16, bfloat16, or int8 on CPUs.")] = "float32",
+    engine: Annotated[str, typer.Option(help="auto, torch or openvino.")] = "auto",
+    reduced_jpeg: Annotated[
+        bool, typer.Option("--reduced-jpeg", help="Decode large JPEGs at a fraction of their size: faster, less exact.")
+    ] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of an encoder on a CPU; default: up to 4.")] = None,
+    sample: Annotated[int, typer.Option(min=1, help="Images of SOURCE to measure.")] = 64,
+    core_price: Annotated[float, typer.Option(min=0, help="Price of a core for an hour.")] = 0.0,
+    gpu_price: Annotated[float, typer.Option(min=0, help="Price of a GPU for an hour.")] = 0.0,
+    out: Annotated[Path | None, typer.Option(help="Write the config file here instead of to stdout.")] = None,
+) -> None:
+    """Measure this machine with a checkpoint and images like yours; print what is needed, its price and a config file."""
+    with _reported("serve"):
+        from clipfleet.plan import Plan, Prices, gpu_count, measure, write_config
+        from clipfleet.threads import cores
+
+        rates = measure(
+            source, model, device=device, precision=precision, engine=engine, reduced_jpeg=reduced_jpeg,
+            threads=threads, most=sample, say=lambda line: typer.echo(line, err=True),
+        )  # fmt: skip
+        typer.echo("serving the graph without a model, to measure transport", err=True)
+        from deployments.transport import measure_transport
+
+        found = Plan(
+            model, precision, reduced_jpeg, rates, measure_transport().rate, cores(), gpu_count(),
+            Prices(core_price, gpu_price),
+        )  # fmt: skip
+        typer.echo(f"{found}\n")
+        if out is None:
+            typer.echo(found.config())
+        else:
+            write_config(found, out)
+            typer.echo(f"wrote {out}; try: clipfleet serve {out}")
+
+
 def run(arguments: list[str] | None = None) -> NoReturn:
     """The console script. `arguments` are those of the process by default."""
     status = 1

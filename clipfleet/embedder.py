@@ -6,10 +6,11 @@ import asyncio
 import os
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
-from itertools import zip_longest
+from itertools import islice
 from types import TracebackType
 from typing import TypeVar
 
@@ -18,12 +19,14 @@ from loguru import logger
 from PIL import Image
 from tqdm.auto import tqdm
 
+from clipfleet import threads
 from clipfleet.encoder import Encoder
 from clipfleet.errors import ClipfleetError, Closed, ImageError, ImageNotFound, SettingsError
 from clipfleet.images import ImageLimits, decode
 from clipfleet.vectors import cosine
 
 DEFAULT_MODEL = "openai/clip-vit-base-patch32"
+_BATCHES_AHEAD = 2  # with one, cores idle while the last image of a batch decodes
 T = TypeVar("T")
 
 
@@ -61,7 +64,7 @@ class CLIPEmbedder:
         self._limits = ImageLimits(reduced_jpeg=reduced_jpeg)
         self.model_name = model_name
         self.device = str(self._encoder.device)
-        self._decoders = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="clipfleet-decode")
+        self._decoders = ThreadPoolExecutor(threads.cores(), thread_name_prefix="clipfleet-decode")
         self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="clipfleet-model")
         self._release = weakref.finalize(self, _release, self._encoder, self._decoders, self._model_thread)
         logger.success("{} is ready on {}: {} dimensions", model_name, self.device, self._encoder.dimension)
@@ -88,24 +91,24 @@ class CLIPEmbedder:
     ) -> list[np.ndarray | None]:
         """Embed image files in order, `batch_size` at a time; None stands for a missing or undecodable one.
 
-        The next batch decodes while the model works on this one, so two batches are held at a time.
+        The next two batches decode while the model works on this one, so three batches are held at a time.
         """
         if batch_size < 1:
             raise SettingsError(f"batch_size must be at least 1, not {batch_size}")
         results: list[np.ndarray | None] = []
-        chunks = [image_paths[start : start + batch_size] for start in range(0, len(image_paths), batch_size)]
-        decoding = self._decode_all(chunks[0]) if chunks else None
+        chunks = iter([image_paths[start : start + batch_size] for start in range(0, len(image_paths), batch_size)])
+        ahead = deque(self._decode_all(chunk) for chunk in islice(chunks, _BATCHES_AHEAD))
         with tqdm(total=len(image_paths), desc="Embedding", unit="image", disable=not show_progress) as bar:
             try:
-                for chunk, following in zip_longest(chunks, chunks[1:]):
-                    assert decoding is not None
-                    decoded = await decoding
-                    decoding = self._decode_all(following) if following is not None else None
+                while ahead:
+                    decoded = await ahead[0]
+                    ahead.popleft()
+                    ahead.extend(self._decode_all(chunk) for chunk in islice(chunks, 1))
                     results += await self._run(self._model_thread, partial(self._encode, decoded))
-                    bar.update(len(chunk))
+                    bar.update(len(decoded))
             finally:
-                if decoding is not None:
-                    decoding.cancel()  # does nothing unless the loop was left early
+                for decoding in ahead:
+                    decoding.cancel()  # there is none unless the loop was left early
         failed = sum(vector is None for vector in results)
         logger.info("Embedded {} of {} images, {} failed", len(results) - failed, len(results), failed)
         return results

@@ -31,6 +31,9 @@ from clipfleet.resize import check_pixels, pad, resize, target_size
 
 ImageSource = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image
 
+SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif",
+)  # fmt: skip
 PREPROCESSING_VERSION = 1  # part of the fingerprint: raise it whenever pixels change
 _MEGA = 1_000_000
 _JPEG_SCANS, _PNG_CHUNKS = 100, 10_000

@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,10 @@ GOOD_ENOUGH = 0.9998
 # of 0.95 cost the embedded checkpoint a cosine of 0.0028 on drawings.
 _SMOOTHING = (0.3, -1.0, 0.6)
 
+# Of a layer's widest activations in float32. ViT-B/32 on 2 cores: 22 images/s in pieces of 4 or 8, 20 of 16, 14 of 32, whose
+# activations leave the processor's caches between two layers.
+_ACTIVATION_BYTES = {"float32": 5 * 2**20, "int8": 20 * 2**20}
+
 Inputs = tuple[np.ndarray, ...]
 
 
@@ -61,10 +66,21 @@ class OpenVinoTower:
         file = _exported(checkpoint, config, tower, precision, samples)
         self._request = _compile(openvino.Core().read_model(file), threads).create_infer_request()
         self._lock = threading.Lock()
+        part = config.vision_config if tower == "image" else config.text_config
+        patches = (part.image_size // part.patch_size) ** 2 + 1 if tower == "image" else 0
+        self._positions, self._widest, self._budget = patches, part.intermediate_size, _ACTIVATION_BYTES[precision]
 
     def __call__(self, *arrays: np.ndarray) -> np.ndarray:
+        count = len(arrays[0])
+        positions = self._positions or arrays[0].shape[1]
+        at_once = max(1, self._budget // (4 * positions * self._widest))
+        pieces = -(-count // at_once)
+        edges = [count * number // pieces for number in range(pieces + 1)]  # of nearly the same size
         with self._lock:
-            return _infer(self._request, arrays)
+            found = [
+                _infer(self._request, tuple(array[start:stop] for array in arrays)) for start, stop in pairwise(edges)
+            ]
+        return found[0] if pieces == 1 else np.concatenate(found)
 
 
 def _infer(request: Any, arrays: Inputs) -> np.ndarray:

@@ -9,6 +9,7 @@ scales and contrasts are distributed much as in photographs (Lee, Mumford and Hu
 
 from __future__ import annotations
 
+import io
 import random
 
 import numpy as np
@@ -29,6 +30,16 @@ def pictures(count: int, size: int, seed: int) -> np.ndarray:
     """Pictures (count, size, size, 3) uint8, plain and busy in turns."""
     rng = np.random.default_rng(seed)
     return np.stack([(_busy if number % 2 else _plain)(size, rng) for number in range(count)])
+
+
+def jpegs(count: int, size: int, seed: int) -> list[bytes]:
+    """The same pictures as JPEG files."""
+    files = []
+    for picture in pictures(count, size, seed):
+        file = io.BytesIO()
+        Image.fromarray(picture).save(file, "JPEG", quality=88)
+        files.append(file.getvalue())
+    return files
 
 
 def _plain(size: int, rng: np.random.Generator) -> np.ndarray:

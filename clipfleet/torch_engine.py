@@ -90,6 +90,11 @@ def free_memory() -> None:
     torch.cuda.empty_cache()
 
 
+def device_count() -> int:
+    """CUDA devices of this machine."""
+    return torch.cuda.device_count()
+
+
 def resolve_device(device: str) -> str:
     """Turn auto, cpu, cuda or cuda:N into a device of this machine. Raises DeviceUnavailable or SettingsError."""
     if device == "auto":

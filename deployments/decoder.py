@@ -12,11 +12,13 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from clipfleet import threads
 from clipfleet.checkpoint import find_checkpoint
 from clipfleet.decode_process import DecodeProcess
 from clipfleet.errors import ClipfleetError, DeadlineExceeded, ImageCrashedDecoder, ImageError
 from clipfleet.images import ImageLimits, decoding_bytes, open_image, to_picture
 from clipfleet.settings import ServiceSettings
+from deployments import collector
 from deployments.own_config import check_own_scaling
 
 Pixels = np.ndarray | ClipfleetError  # one image's outcome: (H, W, 3) uint8, or what was wrong
@@ -65,8 +67,9 @@ class DecoderReplica:
         self._spec = find_checkpoint(settings.model, weights=False).pixels
         self._limits = image_limits(settings)
         self._budget = MemoryBudget(settings.limits.decoding_bytes)
-        self._threads = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="decode")
+        self._threads = ThreadPoolExecutor(threads.of_decoder(), thread_name_prefix="decode")
         self._children = asyncio.Semaphore(2)
+        collector.rarely()
 
     async def decode(self, images: Sequence[bytes], deadline: float) -> list[Pixels]:
         """Decode each image to the checkpoint's pixels: one array or error an image, in order.

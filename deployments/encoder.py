@@ -11,9 +11,11 @@ import numpy as np
 from ray import serve
 from ray.serve.metrics import Counter, Histogram
 
+from clipfleet import threads
 from clipfleet.checkpoint import find_checkpoint
 from clipfleet.fingerprint import fingerprint
 from clipfleet.settings import ServiceSettings
+from deployments import collector
 from deployments.batching import Batcher
 from deployments.own_config import own_batching
 
@@ -49,17 +51,22 @@ class EncoderReplica:
         # Here, because the ingress and the graph's builder import this module too: torch and transformers take 4 s of a core.
         from clipfleet.encoder import Encoder
 
-        # Ray would give torch one thread a CPU that the replica reserves.
-        threads = settings.threads_per_replica or max(1, round(settings.cpus_per_replica))
+        own_threads = threads.of_encoder(settings.cpus_per_replica, settings.threads_per_replica)
         self._tower = tower
         self._settings = settings
         checkpoint = find_checkpoint(settings.model)
         self._encoder = Encoder(
-            checkpoint, settings.device, settings.precision, towers=(tower,), engine=settings.engine, threads=threads
+            checkpoint,
+            settings.device,
+            settings.precision,
+            towers=(tower,),
+            engine=settings.engine,
+            threads=own_threads,
         )
         self._fingerprint = fingerprint(checkpoint, exif_orientation=settings.exif_orientation)
         self._forward(self._probe_items())  # the first pass is the slow one
         self._batcher = Batcher(self._forward, batch, self._observe)
+        collector.rarely()
 
         tags = {"tag_keys": ("tower",)}
         self._batch_size = Histogram("clipfleet_batch_size", "Items in a batch.", _BATCH_SIZES, **tags)

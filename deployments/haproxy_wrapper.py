@@ -22,6 +22,7 @@ from pathlib import Path
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 BUFFER_BYTES = 4 * 2**20
+HOT_BYTES = 16 * BUFFER_BYTES
 
 # What HAProxy words itself: status -> (status sent, code, message). 408 is a request that came too slowly, 400 one that is
 # not HTTP; 502 means that a replica broke off more often than HAProxy retries, 503 that no replica answers at all.
@@ -84,6 +85,12 @@ def edit(config: str, folder: Path, host: str, port: str) -> str:
     not_found = f"    http-request return status 404 errorfile {folder / '404.http'}"
     unavailable = f"    http-request return status 503 errorfile {folder / '503.http'}"
     rules = [
+        # Each thread keeps this much of freed buffers at hand; by default less than one buffer, which it would get from the
+        # system and give back for every request.
+        (
+            r"^    tune\.bufsize (\d+)$(?!\n    tune\.memory)",
+            rf"    tune.bufsize \1\n    tune.memory.hot-size {HOT_BYTES}",
+        ),
         # A request is held until it is whole (or fills the buffer), so that one whose replica dies can be sent again, and
         # a slow upload does not hold a replica. Splicing passes bytes by the buffer, which leaves nothing to send again.
         (

@@ -28,7 +28,7 @@ from clipfleet.errors import (
 )
 from clipfleet.settings import ServiceSettings
 from clipfleet.vectors import DType, rank, to_base64, to_npy
-from deployments import schemas
+from deployments import collector, schemas
 from deployments.admission import Admission
 from deployments.bodies import Body, parse_json
 from deployments.cache import VectorCache
@@ -68,6 +68,7 @@ class Ingress:
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         self._health = Health(self._handles)
+        collector.rarely()
         self._gate = Gate(self._routes(), api_keys=self._settings.api_keys, fingerprint=self._fingerprint)
         return self._gate
 

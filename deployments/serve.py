@@ -44,7 +44,7 @@ def serve_until_stopped(
             metrics_port=metrics_port,
         ) as service:
             prefix = (_application(config).get("route_prefix") or "/").rstrip("/")
-            say(f"clipfleet ready: {_url(service)}{prefix} model={_wait_until_ready(service, prefix, arguments)}")
+            say(f"clipfleet ready: {_url(service)}{prefix} model={wait_until_ready(service, prefix, arguments)}")
             service.wait()
     except KeyboardInterrupt:  # during the start, which has cleaned up after itself
         return
@@ -77,7 +77,8 @@ def _url(service: Service) -> str:
     return f"http://{host}:{service.port}"
 
 
-def _wait_until_ready(service: Service, prefix: str, arguments: dict[str, Any]) -> str:
+def wait_until_ready(service: Service, prefix: str, arguments: dict[str, Any]) -> str:
+    """Wait for the first success of every deployment; returns the served id. Raises SetupError after two minutes."""
     local = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(service.host)
     base = f"http://{local}:{service.port}" if local else _url(service)
     deadline = time.monotonic() + _READY_S

@@ -44,7 +44,8 @@ _FILES_PER_BYTES_TASK = 16  # a task reads a manifest's row group from its start
 @dataclass(frozen=True)
 class Summary:
     """`rows`, `embedded`, `failed` and `errors` describe the finished DEST; `skipped` (inputs that were finished
-    before), `images_per_second` and `seconds` describe this run, start-up included."""
+    before), `seconds`, `startup_seconds` (until an encoder was ready) and `images_per_second` (from then on) describe
+    this run."""
 
     rows: int
     embedded: int
@@ -53,6 +54,7 @@ class Summary:
     errors: dict[str, int]
     images_per_second: float
     seconds: float
+    startup_seconds: float
     fingerprint: str
     model: str
     precision: str
@@ -66,7 +68,9 @@ class Summary:
         lines = [f"{self.rows} rows: {self.embedded} embedded, {self.failed} failed"]
         lines += [f"  {number} {code}" for code, number in self.errors.items()]
         if self.images_per_second:
-            lines.append(f"{self.images_per_second:.1f} images/s over {self.seconds:.1f} s")
+            lines.append(
+                f"{self.images_per_second:.1f} images/s over {self.seconds:.1f} s, {self.startup_seconds:.1f} s of it to start"
+            )
         else:
             lines.append("nothing to do: every input was finished before")
         if "," in self.precision + self.engine:
@@ -88,7 +92,7 @@ def run(options: EmbedOptions, *, progress: bool = True) -> Summary:
     for all else that stops it; then the same call goes on from where it stopped. Call it in the main thread, so that
     Ctrl-C and SIGTERM stop it that way.
     """
-    started = time.monotonic()
+    started = time.time()
     source = _open_source(options)
     checkpoint = find_checkpoint(options.model)
     engine = options.engine_on(gpu=options.device.startswith("cuda"))
@@ -98,8 +102,10 @@ def run(options: EmbedOptions, *, progress: bool = True) -> Summary:
             work = _plan(options, source, checkpoint, origin, claimed)
             if work.pending:
                 (claimed.folder / output.SUMMARY).unlink(missing_ok=True)
-                origin = _execute(options, work, checkpoint, origin, claimed, progress)
-            return _finish(work, origin, claimed, started)
+                origin, ready = _execute(options, work, checkpoint, origin, claimed, progress)
+            else:
+                ready = time.time()
+            return _finish(work, origin, claimed, started, ready)
     except KeyboardInterrupt:
         raise JobError(f"stopped. {_GO_ON}") from None
 
@@ -172,8 +178,9 @@ def _record_finished(ledger: Ledger, claimed: Claim, origin: Origin) -> tuple[in
 
 def _execute(
     options: EmbedOptions, work: _Work, checkpoint: Checkpoint, origin: Origin, claimed: Claim, progress: bool
-) -> Origin:
-    """Do the work. Returns the origin with the engine that the resources gave."""
+) -> tuple[Origin, float]:
+    """Do the work. Returns the origin with the engine that the resources gave, and when the first encoder was ready."""
+    ready = float("inf")
     with connected(options.address) as own, _explained():
         resources = place(options.actors, options.cpus_per_actor, options.gpus_per_actor, options.device, own)
         origin = replace(origin, engine=options.engine_on(gpu=resources.gpus > 0))
@@ -191,7 +198,8 @@ def _execute(
         with Progress(work.pending, progress) as shown:
             for batch in _stream(work.task_count, decode, encode, resources):
                 shown.advance(int(batch["rows"].sum()))
-    return origin
+                ready = min(ready, float(batch["ready"].min()))
+    return origin, ready
 
 
 def _everywhere(checkpoint: Checkpoint) -> str:
@@ -227,22 +235,23 @@ def _stream(task_count: int, decode: DecodePlan, encode: EncodePlan, resources: 
     yield from cast(Iterator[dict[str, Any]], dataset.iter_batches(batch_size=None, prefetch_batches=0))
 
 
-def _finish(work: _Work, origin: Origin, claimed: Claim, started: float) -> Summary:
+def _finish(work: _Work, origin: Origin, claimed: Claim, started: float, ready: float) -> Summary:
     held = output.count(claimed.folder)
     if held.rows != work.before + work.pending:
         raise JobError(
             f"DEST holds {held.rows} rows instead of {work.before + work.pending}: "
             f"files were changed while the job ran. {_GO_ON}"
         )
-    seconds = time.monotonic() - started
+    seconds, startup = time.time() - started, ready - started
     summary = Summary(
         rows=held.rows,
         embedded=held.rows - held.failed,
         failed=held.failed,
         skipped=work.skipped,
         errors=held.errors,
-        images_per_second=round(work.pending / seconds, 2),
+        images_per_second=round(work.pending / max(seconds - startup, 1e-3), 2),
         seconds=round(seconds, 2),
+        startup_seconds=round(startup, 2),
         fingerprint=origin.fingerprint,
         model=origin.model,
         precision=", ".join(held.precisions) or origin.precision,

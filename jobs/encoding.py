@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -40,20 +41,21 @@ class EncodeActor:
             self._encoder = _load(plan)
         except Exception as error:  # of an actor that does not start, Ray would keep the text alone
             self._failure = error
+        self._ready = time.time()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Encode and write each row of decode_tasks. Returns (rows, failed) of each."""
+        """Encode and write each row of decode_tasks. Returns (rows, failed, when this encoder was ready) of each."""
         if self._failure is not None:
             raise self._failure
         return pa.Table.from_pylist([self._write(row, batch) for row in range(batch.num_rows)])
 
-    def _write(self, row: int, batch: pa.Table) -> dict[str, int]:
+    def _write(self, row: int, batch: pa.Table) -> dict[str, float]:
         rows, pixels = unpack(row, batch, self._encoder.checkpoint.pixels.size)
         size = self._plan.batch_size
         vectors = [self._encoder.encode_pixels(pixels[start : start + size]) for start in range(0, len(pixels), size)]
         empty = np.zeros((0, self._encoder.dimension), np.float32)
         write_part(self._plan.claim, self._plan.origin, rows, np.concatenate([empty, *vectors]))
-        return {"rows": rows.num_rows, "failed": rows.num_rows - len(pixels)}
+        return {"rows": rows.num_rows, "failed": rows.num_rows - len(pixels), "ready": self._ready}
 
 
 def _load(plan: EncodePlan) -> Encoder:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clipfleet.errors import JobError
+from clipfleet.threads import cores as own_cores
 from deployments.guardian import start_guardian
 from deployments.private_ray import init, make_folder, set_environment, start_ray, unreachable
 
@@ -74,7 +75,7 @@ def _own_ray() -> Iterator[None]:
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH")]))
         with _silent_core():
             # Where there is one core, encoder and decoders take turns on it.
-            start_ray(folder, num_cpus=max(2, len(os.sched_getaffinity(0))))
+            start_ray(folder, num_cpus=max(2, own_cores()))
         yield
     finally:
         with suppress(Exception):

@@ -22,10 +22,8 @@ from urllib.parse import quote, unquote, urlsplit
 from pyarrow import fs
 
 from clipfleet.errors import JobError, SettingsError
+from clipfleet.images import SUFFIXES
 
-SUFFIXES = (
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif",
-)  # fmt: skip
 WILDCARDS = "*?["
 _RUN = 500_000  # names of one folder that are sorted in memory at a time
 

@@ -1,0 +1,81 @@
+"""The offline job over 2,000 and 20,000 images, against the library on the same files, start-up apart.
+
+The files are hard links to the library benchmark's photographs, so that 20,000 of them take no disk. All in int8, in which the
+model is quickest and whatever the job adds weighs most.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks import data
+from benchmarks.processes import peaks
+from benchmarks.programs import Program, Spread, ratio, running
+from benchmarks.report import Row
+
+SMALL, LARGE = 2_000, 20_000
+PRECISION = "int8"
+
+
+def measure(repetitions: int, notes: list[str]) -> list[Row]:
+    checkpoint = data.checkpoint()
+    photographs = data.files(data.photographs(data.LIBRARY_FILES))
+    library = Program(
+        "library", sys.executable, "-m", "benchmarks.library_loop", checkpoint, PRECISION, "whole", *photographs
+    )
+    rates: list[float] = []
+    theirs: list[float] = []
+    small: dict[str, float] = {}
+    with running(library), tempfile.TemporaryDirectory(dir=data.CACHE) as folder:
+        for repetition in range(repetitions):
+            rate, small = _run(_links(photographs, SMALL, Path(folder, "small")), Path(folder, f"out-{repetition}"))
+            rates.append(rate)
+            theirs.append(len(photographs) / library.run(len(photographs)))
+        before = len(photographs) / library.run(len(photographs))
+        large_rate, large = _run(_links(photographs, LARGE, Path(folder, "large")), Path(folder, "out-large"))
+        after = len(photographs) / library.run(len(photographs))
+    a, b = Spread.of(rates), Spread.of(theirs)
+    whole, around = Spread.of([large_rate]), Spread.of([(before + after) / 2])
+    growth = {name: large[name] / small[name] for name in large if small.get(name, 0) > 20}
+    worst = Spread.of([max(growth.values())])
+    for count, found in ((SMALL, small), (LARGE, large)):
+        sizes = ", ".join(f"{name} {size:.0f}" for name, size in sorted(found.items()) if size > 20)
+        notes.append(f"Peak resident MB of the job's processes over {count:,} images: {sizes}")
+    against = "library, same files"
+    return [
+        Row(f"job, {SMALL:,} images, {PRECISION}", a, "images/s", against, b, ratio(a, b)),
+        Row(f"job, {LARGE:,} images, {PRECISION}", whole, "images/s", against, around, ratio(whole, around), 0.9),
+        Row(
+            f"peak memory of a process at {LARGE:,} images", worst, "", f"at {SMALL:,}", None, worst, 1.1, at_most=True
+        ),
+    ]
+
+
+def _links(files: list[Path], count: int, folder: Path) -> Path:
+    if not folder.exists():
+        folder.mkdir()
+        for number in range(count):
+            os.link(files[number % len(files)], folder / f"{number:06d}.jpg")
+    return folder
+
+
+def _run(source: Path, dest: Path) -> tuple[float, dict[str, float]]:
+    """Images a second, start-up apart, and the highest memory of each kind of process."""
+    command = [Path(sys.executable).parent / "clipfleet", "embed", source, dest,
+               "--model", data.checkpoint(), "--precision", PRECISION]  # fmt: skip
+    process = subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        with peaks(process.pid) as highest:
+            status = process.wait(3600)
+    finally:
+        process.kill()
+        process.wait()
+    summary = json.loads((dest / "_clipfleet.json").read_text())
+    assert status == 0 and summary["embedded"] == summary["rows"], summary
+    print(f"job: {summary}", flush=True)
+    return summary["images_per_second"], dict(highest)

@@ -1,0 +1,75 @@
+"""The processes below one, and their memory."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+MEGABYTE = 2**20
+
+
+def below(pid: int) -> dict[int, str]:
+    """A process and its descendants: what each is called, by id."""
+    parents: dict[int, int] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with suppress(OSError, IndexError):
+                parents[int(entry)] = int(Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()[1])
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return {process: name for process in found if (name := _name(process))}
+
+
+def _name(pid: int) -> str:
+    with suppress(OSError):
+        title = Path("/proc", str(pid), "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+        if replica := re.match(r"ray::ServeReplica:\w+:(\w+)", title):
+            return replica[1]
+        if worker := re.match(r"ray::(\w[\w.]*)", title):
+            return worker[1]
+        words = [Path(word).name for word in title.split()]
+        return next((word for word in words if not re.match(r"python|-", word)), words[0] if words else "")
+    return ""
+
+
+def _field(file: Path, name: str) -> int:
+    with suppress(OSError):
+        for line in file.read_text().splitlines():
+            if line.startswith(name):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def memory(pid: int) -> dict[str, float]:
+    """Megabytes of the processes below `pid`, by name: shared pages are divided among those that share them."""
+    sizes: dict[str, float] = defaultdict(float)
+    for process, name in below(pid).items():
+        sizes[name] += _field(Path("/proc", str(process), "smaps_rollup"), "Pss:") / MEGABYTE
+    return dict(sizes)
+
+
+@contextmanager
+def peaks(pid: int, every_s: float = 1.0) -> Iterator[dict[str, float]]:
+    """The largest resident memory that any process of each name had, in megabytes; complete when the block is left."""
+    highest: dict[str, float] = defaultdict(float)
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(every_s):
+            for process, name in below(pid).items():
+                size = _field(Path("/proc", str(process), "status"), "VmHWM:") / MEGABYTE
+                highest[name] = max(highest[name], size)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield highest
+    finally:
+        done.set()
+        thread.join()

@@ -1,0 +1,40 @@
+"""What this machine carries without a model: requests a second through the whole service, to plan with."""
+
+from __future__ import annotations
+
+import itertools
+import socket
+from typing import Any
+
+from clipfleet.load import Load, image_request, run_load
+from clipfleet.settings import APPLICATION
+from deployments.local_ray import local_service
+from deployments.serve import wait_until_ready
+
+HOLLOW = "deployments.hollow:build"
+
+
+def measure_transport(*, clients: int = 16, body_bytes: int = 100_000, requests: int = 1000) -> Load:
+    """Serve the graph without a model and load it with bodies of that size. The load comes from the same cores.
+
+    Call it in the main thread before ray is imported.
+    """
+    config: dict[str, Any] = {
+        "applications": [{"name": APPLICATION, "route_prefix": "/", "import_path": HOLLOW, "args": {"model": "tiny"}}]
+    }
+    port, metrics_port = _free_ports(2)
+    with local_service(config, port=port, metrics_port=metrics_port) as service:
+        wait_until_ready(service, "", {"model": "hollow"})
+        request = image_request([bytes(body_bytes)])
+        url = f"http://127.0.0.1:{port}"
+        run_load(url, itertools.repeat(request, 200), clients)
+        return run_load(url, itertools.repeat(request, requests), clients)
+
+
+def _free_ports(count: int) -> list[int]:
+    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    try:
+        return [probe.getsockname()[1] for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
