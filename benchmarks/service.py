@@ -17,41 +17,36 @@ from benchmarks.report import Row
 from benchmarks.services import Service, Work, clipfleet, infinity, litserve
 
 FILES = 96
-PRECISIONS = ("float32", "int8")
+SETTINGS = (("float32", "whole"), ("int8", "whole"), ("int8", "reduced"))  # precision, how JPEGs are decoded
 
 
 def measure(repetitions: int, notes: list[str]) -> list[Row]:
     checkpoint = data.checkpoint()
     paths = data.files(data.photographs(data.LIBRARY_FILES))[:FILES]
     work = Work([path.read_bytes() for path in paths])
-    libraries = {
-        precision: Program(
-            f"library, {precision}",
-            sys.executable,
-            "-m",
-            "benchmarks.library_loop",
-            checkpoint,
-            precision,
-            "whole",
-            *paths,
-        )
-        for precision in PRECISIONS
-    }
-    rates: dict[str, list[float]] = {precision: [] for precision in PRECISIONS}
-    with tempfile.TemporaryDirectory() as folder, running(*libraries.values()):
-        ours = {precision: clipfleet(checkpoint, precision, Path(folder)) for precision in PRECISIONS}
+    loop = (sys.executable, "-m", "benchmarks.library_loop", checkpoint)
+    libraries = [
+        Program(f"library, {precision}, {jpeg}", *loop, precision, jpeg, *paths) for precision, jpeg in SETTINGS
+    ]
+    rates: list[list[float]] = [[] for _ in SETTINGS]
+    with tempfile.TemporaryDirectory() as folder, running(*libraries):
+        ours = [clipfleet(checkpoint, Path(folder), precision, jpeg) for precision, jpeg in SETTINGS]
         peers = {"infinity": infinity(checkpoint), "litserve": litserve(checkpoint)}
+        sides = [*ours, *peers.values()]
         for repetition in range(repetitions):
-            sides = [*ours.values(), *peers.values()]
             for side in sides if repetition % 2 == 0 else reversed(sides):
                 _try(side, work, peers, notes)
-            for precision, program in libraries.items():
-                rates[precision].append(FILES / program.run(FILES))
-    for side in [*ours.values(), *peers.values()]:
+            for found, program in zip(rates, libraries, strict=True):
+                found.append(FILES / program.run(FILES))
+    for side in sides:
         sizes = ", ".join(f"{name} {size:.0f}" for name, size in sorted(side.megabytes.items()) if size >= 5)
         notes.append(f"Memory of {side.name} under load, MB a kind of process (shared pages divided): {sizes}")
-    library = {precision: Spread.of(found) for precision, found in rates.items()}
-    return [row for precision in PRECISIONS for row in _rows(ours[precision], precision, peers, library[precision])]
+    rows: list[Row] = []
+    for (precision, jpeg), service, found in zip(SETTINGS, ours, rates, strict=True):
+        rows += _rows(
+            service, precision, f"{precision}{', reduced_jpeg' * (jpeg == 'reduced')}", peers, Spread.of(found)
+        )
+    return rows
 
 
 def _try(side: Service, work: Work, peers: dict[str, Service], notes: list[str]) -> None:
@@ -63,7 +58,7 @@ def _try(side: Service, work: Work, peers: dict[str, Service], notes: list[str])
         notes.append(f"{side.name} could not be measured: {str(error)[:1000]}")
 
 
-def _rows(ours: Service, precision: str, peers: dict[str, Service], library: Spread) -> list[Row]:
+def _rows(ours: Service, precision: str, setting: str, peers: dict[str, Service], library: Spread) -> list[Row]:
     exact = precision == "float32"
 
     def figure(side: Service, name: str, part: str) -> Spread:
@@ -77,7 +72,7 @@ def _rows(ours: Service, precision: str, peers: dict[str, Service], library: Spr
             return []
         a, b = figure(ours, name, part), figure(peer, name, part)
         unit = "/s" if part == "rate" else f"ms {part}"
-        return [Row(f"{work}, {precision}", a, unit, peer.name, b, ratio(a, b), target, at_most)]
+        return [Row(f"{work}, {setting}", a, unit, peer.name, b, ratio(a, b), target, at_most)]
 
     one = "one image a request"
     infinity, litserve = peers["infinity"], peers["litserve"]
@@ -99,16 +94,16 @@ def _rows(ours: Service, precision: str, peers: dict[str, Service], library: Spr
         a = figure(ours, name, "rate")
         what = "raw bytes" if name == "16 clients" else "base64 in JSON"
         rows.append(
-            Row(f"service, 16 clients, {what}, {precision}", a, "/s", "library", library, ratio(a, library), target)
+            Row(f"service, 16 clients, {what}, {setting}", a, "/s", "library", library, ratio(a, library), target)
         )
     sizes = Spread.of(ours.batch_sizes)
-    rows.append(Row(f"mean batch, 64 clients, max 32, {precision}", sizes, "images", "", None, sizes, 16))
+    rows.append(Row(f"mean batch, 64 clients, max 32, {setting}", sizes, "images", "", None, sizes, 16))
     for part, target, at_most in (("rate", 0.95, False), ("p99", 5, True)):
         a, b = figure(ours, "64 clients", part), figure(ours, "16 clients", part)
         unit = "/s" if part == "rate" else "ms p99"
-        rows.append(Row(f"service, 64 clients, {precision}", a, unit, "16 clients", b, ratio(a, b), target, at_most))
+        rows.append(Row(f"service, 64 clients, {setting}", a, unit, "16 clients", b, ratio(a, b), target, at_most))
     a, b = figure(ours, "text beside images", "p50"), figure(ours, "text alone", "p50")
     rows.append(
-        Row(f"a text while images saturate, {precision}", a, "ms p50", "a text alone", b, ratio(a, b), 3, at_most=True)
+        Row(f"a text while images saturate, {setting}", a, "ms p50", "a text alone", b, ratio(a, b), 3, at_most=True)
     )
     return rows

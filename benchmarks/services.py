@@ -58,6 +58,7 @@ class Service:
     variables: dict[str, str] = field(default_factory=dict)
     packed: Callable[[Sequence[bytes]], Request] | None = None  # images as base64 in JSON, where that is another form
     metrics: Callable[[int], str] | None = None  # address of Prometheus metrics
+    full: bool = True  # otherwise 16 clients alone, with single images and with texts
     loads: dict[Name, list[Load]] = field(default_factory=dict)
     starts: list[float] = field(default_factory=list)
     batch_sizes: list[float] = field(default_factory=list)
@@ -66,7 +67,6 @@ class Service:
     def measure(self, work: Work) -> None:
         """Start it, load it in each way, and stop it."""
         single = [self.image([image]) for image in work.images]
-        many = [self.image(list(islice(cycle(work.images), start, start + MANY))) for start in range(0, 160, MANY)]
         with self.running() as (port, pid):
             url = f"http://127.0.0.1:{port}"
 
@@ -80,20 +80,22 @@ class Service:
                 return [self.text(text) for text in work.texts(count)]
 
             run_load(url, single[:32] + queries(32), 16)
-            load("1 client", single, 24, 1)
-            load("16 clients", single, 192, 16)
-            if self.packed:
-                load("16 clients, base64 in JSON", [self.packed([image]) for image in work.images], 192, 16)
-            before = self._batches(port)
-            load("64 clients", single, 320, 64)
-            after = self._batches(port)
-            if before and after:
-                self.batch_sizes.append((after[0] - before[0]) / (after[1] - before[1]))
-            load("16 images a request", many, 10, 4)
+            load("16 clients", single, 128, 16)
             load("texts", queries(768), 768, 16)
-            load("text alone", queries(40), 40, 1)
-            with saturated(url, single):
-                load("text beside images", queries(40), 40, 1)
+            if self.full:
+                load("1 client", single, 24, 1)
+                if self.packed:
+                    load("16 clients, base64 in JSON", [self.packed([image]) for image in work.images], 128, 16)
+                before = self._batches(port)
+                load("64 clients", single, 256, 64)
+                after = self._batches(port)
+                if before and after:
+                    self.batch_sizes.append((after[0] - before[0]) / (after[1] - before[1]))
+                many = [self.image(list(islice(cycle(work.images), at, at + MANY))) for at in range(0, 160, MANY)]
+                load("16 images a request", many, 10, 4)
+                load("text alone", queries(40), 40, 1)
+                with saturated(url, single):
+                    load("text beside images", queries(40), 40, 1)
             self.megabytes = memory(pid)
         print(f"{self.name}: " + ", ".join(
             f"{name} {found[-1].rate:.1f}/s (p50 {found[-1].p50 * 1000:.0f} ms, p99 {found[-1].p99 * 1000:.0f} ms)"
@@ -175,15 +177,16 @@ def saturated(url: str, requests: Sequence[Request]) -> Iterator[None]:
         thread.join()
 
 
-def clipfleet(checkpoint: str | Path, precision: str, folder: Path) -> Service:
+def clipfleet(checkpoint: str | Path, folder: Path, precision: str = "float32", jpeg: str = "whole") -> Service:
     """configs/demo.yaml, which is for 2 cores, with as many threads an encoder as there are cores."""
     config = yaml.safe_load((data.ROOT / "configs" / "demo.yaml").read_text())
     threads = os.cpu_count() or 1
-    config["applications"][0]["args"] |= {"precision": precision, "threads_per_replica": threads}
-    file = folder / f"{precision}.yaml"
+    settings = {"precision": precision, "threads_per_replica": threads, "reduced_jpeg": jpeg == "reduced"}
+    config["applications"][0]["args"] |= settings
+    file = folder / f"{precision}-{jpeg}.yaml"
     file.write_text(yaml.safe_dump(config))
     return Service(
-        f"clipfleet, {precision}",
+        f"clipfleet, {precision}, {jpeg} JPEGs",
         lambda port: [
             Path(sys.executable).parent / "clipfleet", "serve", file, "--model", str(checkpoint),
             "--port", str(port), "--metrics-port", str(port - 1),
@@ -217,7 +220,6 @@ def infinity(checkpoint: Path) -> Service:
 
 
 def litserve(checkpoint: Path) -> Service:
-    """Takes one item a request, so that a request of many is as many requests' work in one here: left out by its caller."""
     python = environment("litserve", LITSERVE) / "python"
     program = Path(__file__).parent / "peers" / "litserve_server.py"
 
@@ -231,4 +233,5 @@ def litserve(checkpoint: Path) -> Service:
         lambda text: request("/texts", {"text": text}),
         "/health",
         {"HF_HUB_OFFLINE": "1"},
+        full=False,
     )

@@ -12,7 +12,7 @@ from benchmarks.services import clipfleet
 
 def measure(repetitions: int, notes: list[str]) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
-        service = clipfleet("tiny", "float32", Path(folder))
+        service = clipfleet("tiny", Path(folder))
         for _ in range(repetitions + 1):
             with service.running():
                 pass

@@ -18,7 +18,7 @@ from benchmarks.programs import Spread, ratio
 from benchmarks.report import Row
 from clipfleet.load import Load, Request, run_load
 
-CLIENTS, BODY, REQUESTS = 16, 100_000, 2000
+CLIENTS, BODY, REQUESTS = 16, 100_000, 1000
 _OURS = (
     "from deployments.transport import measure_transport; "
     f"print('rate', measure_transport(clients={CLIENTS}, body_bytes={BODY}, requests={REQUESTS}).rate)"

@@ -18,7 +18,7 @@ from clipfleet.encoder import Encoder
 from clipfleet.errors import ImageError, SettingsError
 from clipfleet.images import SUFFIXES, ImageLimits, decode
 from clipfleet.samples import jpegs, texts
-from clipfleet.threads import of_planned_encoder
+from clipfleet.threads import of_decoder, of_planned_encoder
 
 BATCHES = {"cpu": (1, 4, 8, 16, 32), "cuda": (1, 8, 32, 64, 128, 256)}
 _SECONDS = 2.0  # a measurement goes on for at least this long
@@ -198,7 +198,8 @@ class Plan:
         """A config file with what was measured."""
         batch, text_batch = self.batch, best_batch(self.rates.texts)
         encoders = self.gpus if self.on_gpu else max(1, int(self.cores / self.cores_per_encoder))
-        decoders = max(1, math.ceil(self.decoders * encoders))
+        decoding = min(self.decoders * encoders, self.cores)  # cores
+        decoders = math.ceil(decoding / of_decoder())
         # Reservations place replicas and do not limit them. Everything must find room at its largest size.
         reserved = {"ingress": 1 if self.on_gpu else 2, "decoders": decoders, "encoders": 2 * encoders}
         share = min(1.0, math.floor(100 * 0.9 * self.cores / sum(reserved.values())) / 100)
@@ -232,7 +233,7 @@ applications:
         max_ongoing_requests: 64
         autoscaling_config:
           min_replicas: 1
-          max_replicas: {decoders}  # {self.decoders:.2f} cores decode as fast as one encoder encodes
+          max_replicas: {decoders}  # of {of_decoder()} threads; one encoder needs {self.decoders:.2f} cores that decode
           target_ongoing_requests: 4  # decoded at once by one replica
       - name: ImageEncoder
         max_ongoing_requests: {8 * batch}  # what waits here fills the next batches
