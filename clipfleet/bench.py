@@ -31,7 +31,8 @@ def bench(
     Raises Unavailable or SettingsError.
     """
     made = _texts(requests, items) if texts else _images(images, requests, items)
-    run_load(url, made[: min(len(made), 2 * clients)], clients, api_key=api_key)
+    first = min(requests, 2 * clients)
+    run_load(url, _texts(first, items) if texts else made[:first], clients, api_key=api_key)
     with tqdm(total=requests, desc="Loading", unit="request") as bar:
         return run_load(url, made, clients, api_key=api_key, advance=bar.update)
 

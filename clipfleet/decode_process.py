@@ -59,14 +59,19 @@ class DecodeProcess:
     def decode_into(self, source: Source, pixels: np.ndarray, *, timeout_s: float = TIMEOUT_S, tries: int = 2) -> Reply:
         """Decode an image into `pixels` (H, W, 3) uint8. Returns (width, height) or the error.
 
-        That is ImageCrashedDecoder where the process died, or did not end in `timeout_s`, at each of `tries`.
+        That is ImageCrashedDecoder (of a Uri ImageUnreadable) where the process died, or did not end in `timeout_s`, at each
+        of `tries`.
         """
         for _ in range(tries):
-            connection = self._connection or self._start()
+            connection = self._connection or self._start(timeout_s)
             try:
                 return self._ask(connection, source, pixels, timeout_s)
             except (EOFError, OSError):  # it died, or was too slow
                 self.close()
+        if isinstance(source, Uri):  # more likely the file system's fault than the image's
+            return ImageUnreadable(
+                f"fetching and decoding {source.address!r} took over {timeout_s:.0f} s, or ended its process"
+            )
         return ImageCrashedDecoder("the process that decoded this image died of it, twice")
 
     def _ask(self, connection: Connection, source: Source, pixels: np.ndarray, timeout_s: float) -> Reply:
@@ -76,12 +81,12 @@ class DecodeProcess:
             connection.recv_bytes_into(pixels.data.cast("B"))
         return reply
 
-    def _start(self) -> Connection:
+    def _start(self, timeout_s: float) -> Connection:
         for _ in range(_STARTS):
             connection = self._launch()
             with suppress(EOFError, OSError):
                 connection.send((self.spec, self.limits))
-                _receive(connection, TIMEOUT_S)  # so that no image is blamed for a process that never ran
+                _receive(connection, timeout_s)  # so that no image is blamed for a process that never ran
                 return connection
             self.close()
         raise Unavailable(f"the decoders' process does not start: {sys.executable}")

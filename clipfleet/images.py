@@ -37,6 +37,7 @@ SUFFIXES = (
 PREPROCESSING_VERSION = 1  # part of the fingerprint: raise it whenever pixels change
 _MEGA = 1_000_000
 _JPEG_SCANS, _PNG_CHUNKS = 100, 10_000
+_SCAN = b"\xff\xda"
 _REDUCED_AT_LEAST = 2  # times the wanted size
 _STRIP_ROWS = 256  # some conversions go in strips, which bounds the copies that they make
 
@@ -184,8 +185,8 @@ def _check_parts(data: bytes, kind: str) -> None:
     """Refuse files whose many small parts take a decoder far longer than their pixels would."""
     if kind == "JPEG":
         # A scan may touch every pixel: 95 bytes cost as much as the rest of the file. Encoders write about ten.
-        scans = data.count(b"\xff\xda")
-        if scans > _JPEG_SCANS:
+        # The bytes that start one are found in thumbnails too, and in the films that phones append: counted closely if many.
+        if data.count(_SCAN) > _JPEG_SCANS and (scans := _count_scans(data)) > _JPEG_SCANS:
             raise ImageCorrupt(f"the JPEG has {scans} scans; the limit is {_JPEG_SCANS}", format=kind)
     elif kind == "PNG":
         chunks, start = 0, 8
@@ -194,6 +195,21 @@ def _check_parts(data: bytes, kind: str) -> None:
             if chunks > _PNG_CHUNKS:
                 raise ImageCorrupt(f"the PNG has more than {_PNG_CHUNKS:,} chunks beside its pixels", format=kind)
             start += 12 + int.from_bytes(data[start : start + 4], "big")
+
+
+def _count_scans(data: bytes) -> int:
+    """Scans of a JPEG up to its end: what lies in other segments and behind the end is passed over (ITU T.81, annex B)."""
+    scans, position = 0, 2
+    while 0 <= (position := data.find(b"\xff", position)) < len(data) - 3:
+        marker = data[position + 1]
+        if marker == 0xD9:  # the end
+            break
+        if marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD8:  # these have no length; 00 is a pixel's byte
+            position += 1 if marker == 0xFF else 2
+            continue
+        scans += marker == _SCAN[1]
+        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    return scans
 
 
 def decoding_bytes(image: Image.Image) -> int:
@@ -255,13 +271,13 @@ def _orientation(image: Image.Image) -> Image.Transpose | None:
     return _TRANSPOSE.get(orientation) if isinstance(orientation, int) else None
 
 
-def _reduce(image: Image.Image, spec: PixelSpec) -> tuple[int, int]:
-    """Let an opened JPEG decode at a half, a quarter or an eighth, but at twice the wanted size or more; returns its
-    whole size. Closer to the wanted size the decoder's averaging shows: docs/vectors.md has the measured cosines."""
+def _reduce(image: Image.Image, spec: PixelSpec) -> tuple[int, int] | None:
+    """Let an opened JPEG decode at a half, a quarter or an eighth, but at twice the wanted size or more: closer to it the
+    decoder's averaging shows (docs/vectors.md). Returns its whole size, or None where it stays whole."""
     width, height = target_size(*image.size, spec)
     full = image.size
     image.draft(None, (_REDUCED_AT_LEAST * width, _REDUCED_AT_LEAST * height))  # does nothing to other formats
-    return full
+    return full if image.size != full else None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -86,7 +87,7 @@ def run_load(
 
     Raises Unavailable if nobody listens at `url`, SettingsError if it is no http(s) address.
     """
-    scheme, host, port = _parse(url)
+    scheme, host, port, prefix = _parse(url)
     kind = http.client.HTTPSConnection if scheme == "https" else http.client.HTTPConnection
     more = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     pending, lock = iter(requests), threading.Lock()
@@ -103,7 +104,7 @@ def run_load(
                 break
             started = time.perf_counter()
             try:
-                connection.request("POST", request.path, request.body, {**request.headers, **more})
+                connection.request("POST", prefix + request.path, request.body, {**request.headers, **more})
                 answer = connection.getresponse()
                 answer.read()
                 failure = None if answer.status == 200 else str(answer.status)
@@ -133,11 +134,13 @@ def run_load(
     return Load(counts["sent"], counts["items"], elapsed, p50, p90, p99, dict(failures))
 
 
-def _parse(url: str) -> tuple[str, str, int]:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise SettingsError(f"{url!r} is no address of a service; give one such as http://127.0.0.1:8000")
-    return parts.scheme, parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+def _parse(url: str) -> tuple[str, str, int, str]:
+    with suppress(ValueError):  # of a port that is no number, and the like
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname:
+            port = parts.port or (443 if parts.scheme == "https" else 80)
+            return parts.scheme, parts.hostname, port, parts.path.rstrip("/")
+    raise SettingsError(f"{url!r} is no address of a service; give one such as http://127.0.0.1:8000")
 
 
 def _check_there(kind: type[http.client.HTTPConnection], host: str, port: int) -> None:

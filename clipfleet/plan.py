@@ -16,7 +16,7 @@ import numpy as np
 
 from clipfleet.encoder import Encoder
 from clipfleet.errors import ImageError, SettingsError
-from clipfleet.images import SUFFIXES, ImageLimits, decode
+from clipfleet.images import SUFFIXES, ImageLimits, decode, read_file
 from clipfleet.samples import jpegs, texts
 from clipfleet.threads import of_decoder, of_planned_encoder
 
@@ -58,7 +58,7 @@ def measure(
     files = _sample(source, most) if source else []
     limits = ImageLimits(reduced_jpeg=reduced_jpeg)
     say(f"decoding {len(files)} images on one core" if files else "no SOURCE: decoding is measured on drawn JPEGs")
-    images = [file.read_bytes() for file in files] or jpegs(8, 1024, 7)
+    images = [read_file(file) for file in files] or jpegs(8, 1024, 7)
     pixels, failed, decode_s = _decode_all(images, encoder, limits)
     stack = np.stack(pixels)
     batches = BATCHES[encoder.device.partition(":")[0]]
@@ -75,7 +75,7 @@ def measure(
 def _sample(source: Path, most: int) -> list[Path]:
     if not source.is_dir():
         raise SettingsError(f"SOURCE must be a folder of images, and {str(source)!r} is none")
-    files = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES)
+    files = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     if not files:
         raise SettingsError(f"{str(source)!r} holds no images")
     return [files[int(number)] for number in np.linspace(0, len(files) - 1, min(most, len(files)))]
@@ -200,11 +200,14 @@ class Plan:
         encoders = self.gpus if self.on_gpu else max(1, int(self.cores / self.cores_per_encoder))
         decoding = min(self.decoders * encoders, self.cores)  # cores
         decoders = math.ceil(decoding / of_decoder())
-        # Reservations place replicas and do not limit them. Everything must find room at its largest size.
-        reserved = {"ingress": 1 if self.on_gpu else 2, "decoders": decoders, "encoders": 2 * encoders}
-        share = min(1.0, math.floor(100 * 0.9 * self.cores / sum(reserved.values())) / 100)
         ingresses = 2 if self.cores > 2 else 1
-        threads = "" if self.on_gpu else f"\n      threads_per_replica: {self.rates.threads}  # as measured"
+        # Reservations place replicas and do not limit them. Everything must find room at its largest size.
+        replicas = ingresses + decoders + 2 * encoders
+        share = min(1.0, math.floor(100 * 0.9 * self.cores / replicas) / 100)
+        if self.on_gpu:
+            own = "gpus_per_replica: 0.5  # an encoder of images and one of texts share a GPU"
+        else:
+            own = f"threads_per_replica: {self.rates.threads}  # as measured"
         reduced = "\n      reduced_jpeg: true" if self.reduced_jpeg else ""
         return f"""\
 # Made by `clipfleet plan`: {self.encode_rate:.1f} images/s an encoder, {self.rates.decode_s * 1000:.1f} ms to decode an image.
@@ -220,7 +223,8 @@ applications:
       device: {"cuda" if self.on_gpu else "cpu"}
       precision: {self.precision}
       engine: {self.rates.engine}
-      cpus_per_replica: {share}  # a reservation{threads}{reduced}
+      cpus_per_replica: {share}  # a reservation
+      {own}{reduced}
     deployments:
       - name: Ingress
         ray_actor_options: {{num_cpus: {share}}}

@@ -192,7 +192,7 @@ def check_deployment(entry: Any) -> str:
     check_scaling(name, ceiling, target)
     if (given := options.autoscaling_config) and given.min_replicas > given.max_replicas:
         raise SettingsError(f"{name}: min_replicas {given.min_replicas} is above max_replicas {given.max_replicas}")
-    if name == "Ingress" and (options.max_queued_requests or -1) >= 0:
+    if name == "Ingress" and options.max_queued_requests is not None and options.max_queued_requests >= 0:
         raise SettingsError("Ingress: max_queued_requests would refuse in plain text; use args.limits.inflight_items")
     if name not in ENCODERS and options.user_config:
         raise SettingsError(f"{name} takes no user_config; only {' and '.join(ENCODERS)} do")
@@ -268,7 +268,5 @@ def check_config(config: Any, source: str) -> None:
         listed = [check_deployment(entry) for entry in deployments]
         if len(set(listed)) < len(listed):
             raise SettingsError("a deployment is listed twice")
-        for name in set(ENCODERS) - set(listed):
-            check_deployment({"name": name})
     except SettingsError as error:
         raise SettingsError(f"config {source!r}: {error.message}") from None

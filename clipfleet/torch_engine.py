@@ -49,6 +49,8 @@ class TorchTower:
     def _run(self, arrays: tuple[np.ndarray, ...]) -> np.ndarray:
         # torch warns of read-only arrays, such as Ray's
         inputs = [torch.from_numpy(np.require(array, requirements=["C", "W"])) for array in arrays]
+        if self._device.type == "cuda":
+            inputs = [tensor.pin_memory() for tensor in inputs]  # copied to the GPU without waiting for it
         output = self.module(*(tensor.to(self._device, non_blocking=True) for tensor in inputs))
         return output.float().cpu().numpy()
 

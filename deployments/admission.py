@@ -65,18 +65,18 @@ class Admission:
         self.bytes = 0
         self.lanes = {"images": Lane(), "texts": Lane()}
 
-    def check_bytes(self, size: int) -> None:
-        """Raise Overloaded if `size` more bytes would pass the limit."""
-        if self.bytes and self.bytes + size > self._limits.inflight_bytes:
+    def check_bytes(self, size: int, own: int = 0) -> None:
+        """Raise Overloaded if `size` more bytes of a request that holds `own` would pass the limit; alone it never does."""
+        if self.bytes > own and self.bytes + size > self._limits.inflight_bytes:
             raise Overloaded(
                 f"{self.bytes:,} bytes of requests are in flight; the limit is {self._limits.inflight_bytes:,}",
                 retry_after=1,
             )
 
     @contextmanager
-    def hold_bytes(self, size: int) -> Iterator[None]:
-        """Hold bytes of a body until its request is answered. Raises Overloaded."""
-        self.check_bytes(size)
+    def hold_bytes(self, size: int, own: int = 0) -> Iterator[None]:
+        """Hold bytes of a body, which has `own` already, until its request is answered. Raises Overloaded."""
+        self.check_bytes(size, own)
         self.bytes += size
         try:
             yield

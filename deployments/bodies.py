@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import ExitStack
+from itertools import islice
 from typing import Any, TypeVar
 
 import orjson
@@ -51,7 +52,7 @@ class Body:
                 raise self._too_large(received)
             if chunk:
                 # As it arrives: what a client has only announced must not keep others out.
-                self._held.enter_context(self._admission.hold_bytes(len(chunk)))
+                self._held.enter_context(self._admission.hold_bytes(len(chunk), own=received - len(chunk)))
                 yield chunk
 
     def _declared_length(self) -> int | None:
@@ -73,8 +74,8 @@ class Body:
         )
 
 
-# A JSON string, whose closing quote may be missing; no backtracking, so any body takes one pass.
-_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
+# A JSON string, whose closing quote may be missing, or a sign of structure; no backtracking, so any body takes one pass.
+_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[,\[{]', re.DOTALL)
 _STRUCTURE = (b",", b"[", b"{")
 
 
@@ -85,8 +86,8 @@ def check_structure(data: bytes, most: int) -> None:
     """
     if sum(map(data.count, _STRUCTURE)) <= most:
         return
-    bare = _STRING.sub(b"", data)  # texts and data URIs may hold commas
-    if sum(map(bare.count, _STRUCTURE)) > most:
+    bare = (token for token in _TOKEN.finditer(data) if token[0] in _STRUCTURE)  # not those in texts and data URIs
+    if next(islice(bare, most, None), None) is not None:
         raise TooManyItems(
             f"the body holds more than {most:,} JSON values, which is more than the limits on items allow; "
             "send them in several requests",

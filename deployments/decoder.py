@@ -68,7 +68,7 @@ class DecoderReplica:
         self._limits = image_limits(settings)
         self._budget = MemoryBudget(settings.limits.decoding_bytes)
         self._threads = ThreadPoolExecutor(threads.of_decoder(), thread_name_prefix="decode")
-        self._children = asyncio.Semaphore(2)
+        self._apart = ThreadPoolExecutor(2, thread_name_prefix="decode-apart")  # each with a process
         collector.rarely()
 
     async def decode(self, images: Sequence[bytes], deadline: float) -> list[Pixels]:
@@ -82,8 +82,7 @@ class DecoderReplica:
 
     async def decode_apart(self, images: Sequence[bytes], deadline: float) -> list[Pixels]:
         """As decode, in a child process: for images one of which may have ended the replica that held them."""
-        async with self._children:
-            return await asyncio.to_thread(self._decode_apart, images, deadline)
+        return await asyncio.get_running_loop().run_in_executor(self._apart, self._decode_apart, images, deadline)
 
     async def probe(self, deadline: float) -> float:
         """Decode one pixel. Returns 0, the seconds since this replica last worked."""

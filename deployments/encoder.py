@@ -14,7 +14,7 @@ from ray.serve.metrics import Counter, Histogram
 from clipfleet import threads
 from clipfleet.checkpoint import find_checkpoint
 from clipfleet.fingerprint import fingerprint
-from clipfleet.settings import ServiceSettings
+from clipfleet.settings import BatchSettings, ServiceSettings, parse
 from deployments import collector
 from deployments.batching import Batcher
 from deployments.own_config import own_batching
@@ -78,7 +78,7 @@ class EncoderReplica:
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take a new batch size and wait while running."""
-        self._batcher.settings = own_batching(user_config)
+        self._batcher.settings = parse(BatchSettings, user_config, "user_config")
 
     # Serve's own batch has no wait and stays small: it only hands calls that arrived together to the batcher,
     # which joins everything that waits when the model falls free. 8 x 32 is max_ongoing_requests.

@@ -56,7 +56,7 @@ class Gate:
             if message["type"] == "http.response.start":
                 started = True
                 if fingerprint := self._fingerprint():
-                    MutableHeaders(scope=message)[FINGERPRINT_HEADER] = fingerprint
+                    MutableHeaders(scope=message).setdefault(FINGERPRINT_HEADER, fingerprint)
             await send(message)
 
         try:

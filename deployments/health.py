@@ -22,6 +22,7 @@ class Health:
         self._last_success: dict[str, float] = {}  # time.monotonic()
         self._description: dict[str, dict[str, Any]] = {}
         self.described = asyncio.Event()
+        self._changed = asyncio.Event()
         self._tasks = [asyncio.create_task(self._watch(name)) for name in handles]
 
     def succeeded(self, *names: str) -> None:
@@ -32,6 +33,7 @@ class Health:
     def forget_model(self) -> None:
         """Ask the encoders anew what they serve: one of them has changed."""
         self._description.clear()
+        self._changed.set()
 
     @property
     def model(self) -> dict[str, Any] | None:
@@ -66,7 +68,10 @@ class Health:
                 except Exception as error:  # whatever it is, the deployment does not work now; the next probe tells
                     if not isinstance(error, asyncio.TimeoutError):
                         logger.warning("probing {} failed: {}", name, (str(error).splitlines() or [repr(error)])[0])
-            await asyncio.sleep(_PROBE_EVERY_S if name in self._last_success else 0.2)
+            with contextlib.suppress(TimeoutError):
+                pause = _PROBE_EVERY_S if name in self._last_success and self.model is not None else 0.2
+                await asyncio.wait_for(self._changed.wait(), pause)
+            self._changed.clear()
 
     async def _probe(self, name: str) -> None:
         handle = self._handles[name]

@@ -34,7 +34,7 @@ from deployments.bodies import Body, parse_json
 from deployments.cache import VectorCache
 from deployments.docs_page import add_schemas, render
 from deployments.encoder import EncodedText
-from deployments.gate import Gate, add_error_handlers, read_deadline
+from deployments.gate import FINGERPRINT_HEADER, Gate, add_error_handlers, read_deadline
 from deployments.health import Health
 from deployments.inputs import Input, check_counts, read_items
 from deployments.own_config import check_own_scaling
@@ -72,11 +72,10 @@ class Ingress:
         self._gate = Gate(self._routes(), api_keys=self._settings.api_keys, fingerprint=self._fingerprint)
         return self._gate
 
-    async def drain(self) -> str:
-        """Refuse newcomers, wait until every request is answered, and return this replica's id."""
+    async def drain(self) -> None:
+        """Refuse newcomers, and wait until every request is answered."""
         if self._gate is not None:
             await self._gate.drain()
-        return serve.get_replica_context().replica_tag
 
     def _routes(self) -> FastAPI:
         app = FastAPI(title="clipfleet", docs_url=None, redoc_url=None, redirect_slashes=False)
@@ -268,7 +267,7 @@ class Ingress:
                 if isinstance(outcome, ClipfleetError):
                     return error_response(outcome, f"{name}[{number}]")
         if npy:
-            return _npy(outcomes, options.dtype, model["dimension"])
+            return _npy(outcomes, options.dtype, model)
         tokens = sum(outcome.tokens for outcome in outcomes if isinstance(outcome, EncodedText))
         return json_response(
             {
@@ -281,11 +280,13 @@ class Ingress:
         )
 
 
-def _npy(outcomes: list[Outcome], dtype: DType, dimension: int) -> Response:
+def _npy(outcomes: list[Outcome], dtype: DType, model: dict[str, Any]) -> Response:
     bad = {i: outcome for i, outcome in enumerate(outcomes) if isinstance(outcome, ClipfleetError)}
-    missing = np.full(dimension, np.nan, np.float32)
+    missing = np.full(model["dimension"], np.nan, np.float32)
     rows = [missing if i in bad else _vector(outcome) for i, outcome in enumerate(outcomes)]
-    response = Response(to_npy(np.stack(rows), dtype), media_type=NPY)
+    # The gate's would be the fingerprint of now, which may have changed while this was computed.
+    headers = {FINGERPRINT_HEADER: model["fingerprint"]}
+    response = Response(to_npy(np.stack(rows), dtype), media_type=NPY, headers=headers)
     if bad:
         for error in bad.values():
             count_error(error)

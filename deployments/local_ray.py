@@ -231,14 +231,9 @@ async def _finish_requests(name: str) -> None:
     Only then may the application go: Serve would take decoders and encoders away from requests that still need them.
     """
     from ray import serve
-    from ray.serve.schema import ReplicaState
 
-    running = serve.status().applications[name].deployments["Ingress"].replica_states.get(ReplicaState.RUNNING, 0)
-    ingress = serve.get_app_handle(name)
-    drained: set[str] = set()
     async with asyncio.timeout(DRAIN_S):
-        while len(drained) < running:
-            drained.add(await ingress.drain.remote())  # by one of them; a drained one answers at once
+        await serve.get_app_handle(name).broadcast("drain").results_async()
 
 
 def _take_off(name: str) -> None:
@@ -309,8 +304,9 @@ def local_service(
     address = address or os.environ.get("RAY_ADDRESS")
     _listen_to_signals()
     with _connected(address) if address else _own_ray(config, host, port, metrics_port):
+        schema = _schema(config)  # before the try: what was never deployed must not take off what runs there
         try:
-            _wait_until_running(_deploy(_schema(config), config.get("http_options") or {}, host, port), name)
+            _wait_until_running(_deploy(schema, config.get("http_options") or {}, host, port), name)
             yield service
         finally:
             _stop(name, stays=bool(address))

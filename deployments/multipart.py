@@ -1,4 +1,4 @@
-"""The files of a multipart body, gathered as it arrives: in memory, each byte copied once, and a body that was cut refused."""
+"""The files of a multipart body, gathered as it arrives: in memory, never on disk, and a body that was cut refused."""
 
 from __future__ import annotations
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ray import serve
 
 from clipfleet.settings import BatchSettings, check_batching, check_scaling, parse
@@ -19,10 +17,12 @@ def check_own_scaling() -> tuple[str, int, float | None]:
     return context.deployment, config.max_ongoing_requests, target
 
 
-def own_batching(user_config: dict[str, Any] | None = None) -> BatchSettings:
-    """An encoder's batch settings: `user_config`, or what it is configured with. Raises SettingsError for contradictions."""
+def own_batching() -> BatchSettings:
+    """What an encoder is configured with when it starts. Raises SettingsError for contradictions.
+
+    Not for `reconfigure`: Serve calls that before the new config is the replica's own.
+    """
     name, ceiling, target = check_own_scaling()
-    values = user_config if user_config is not None else serve.get_replica_context()._deployment_config.user_config
-    batch = parse(BatchSettings, values, f"{name}.user_config")
+    batch = parse(BatchSettings, serve.get_replica_context()._deployment_config.user_config, f"{name}.user_config")
     check_batching(name, batch, ceiling, target)
     return batch

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from clipfleet.errors import SetupError
 from clipfleet.load import Load, image_request, run_load
 from clipfleet.settings import APPLICATION
 from deployments.local_ray import local_service
@@ -17,18 +21,31 @@ HOLLOW = "deployments.hollow:build"
 def measure_transport(*, clients: int = 16, body_bytes: int = 100_000, requests: int = 1000) -> Load:
     """Serve the graph without a model and load it with bodies of that size. The load comes from the same cores.
 
-    Call it in the main thread before ray is imported.
+    Call it in the main thread before ray is imported. Raises SetupError.
     """
     config: dict[str, Any] = {
         "applications": [{"name": APPLICATION, "route_prefix": "/", "import_path": HOLLOW, "args": {"model": "tiny"}}]
     }
     port, metrics_port = _free_ports(2)
-    with local_service(config, port=port, metrics_port=metrics_port) as service:
+    with _alone(), local_service(config, port=port, metrics_port=metrics_port) as service:
         wait_until_ready(service, "", {"model": "hollow"})
         request = image_request([bytes(body_bytes)])
         url = f"http://127.0.0.1:{port}"
         run_load(url, itertools.repeat(request, 200), clients)
-        return run_load(url, itertools.repeat(request, requests), clients)
+        load = run_load(url, itertools.repeat(request, requests), clients)
+    if load.failures:
+        raise SetupError(f"transport could not be measured: {load}")
+    return load
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Without what the environment says of services that are in use: it is on no account one of those that is measured."""
+    kept = {name: os.environ.pop(name) for name in ("RAY_ADDRESS", "CLIPFLEET_API_KEYS") if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
 
 
 def _free_ports(count: int) -> list[int]:

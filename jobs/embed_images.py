@@ -59,6 +59,7 @@ class Summary:
     model: str
     precision: str
     engine: str
+    jpegs: str
 
     @property
     def exit_status(self) -> int:
@@ -73,8 +74,9 @@ class Summary:
             )
         else:
             lines.append("nothing to do: every input was finished before")
-        if "," in self.precision + self.engine:
-            lines.append(f"made in part by different settings: {self.precision} on {self.engine}")
+        if "," in self.precision + self.engine + self.jpegs:
+            settings = f"precision {self.precision}; engine {self.engine}; JPEGs {self.jpegs}"
+            lines.append(f"made in part by different settings: {settings}")
         if self.skipped and self.images_per_second:
             lines.append(f"{self.skipped} inputs were finished before and skipped")
         return "\n".join(lines)
@@ -96,7 +98,14 @@ def run(options: EmbedOptions, *, progress: bool = True) -> Summary:
     source = _open_source(options)
     checkpoint = find_checkpoint(options.model)
     engine = options.engine_on(gpu=options.device.startswith("cuda"))
-    origin = Origin(fingerprint(checkpoint), checkpoint.served_name, checkpoint.revision, options.precision, engine)
+    origin = Origin(
+        fingerprint(checkpoint),
+        checkpoint.served_name,
+        checkpoint.revision,
+        options.precision,
+        engine,
+        "reduced" if options.reduced_jpeg else "whole",
+    )
     try:
         with _stoppable(), claim(options.dest) as claimed:
             work = _plan(options, source, checkpoint, origin, claimed)
@@ -199,7 +208,7 @@ def _execute(
             for batch in _stream(work.task_count, decode, encode, resources):
                 shown.advance(int(batch["rows"].sum()))
                 ready = min(ready, float(batch["ready"].min()))
-    return origin, ready
+    return origin, min(ready, time.time())  # another node's clock may be ahead
 
 
 def _everywhere(checkpoint: Checkpoint) -> str:
@@ -242,7 +251,7 @@ def _finish(work: _Work, origin: Origin, claimed: Claim, started: float, ready: 
             f"DEST holds {held.rows} rows instead of {work.before + work.pending}: "
             f"files were changed while the job ran. {_GO_ON}"
         )
-    seconds, startup = time.time() - started, ready - started
+    seconds, startup = time.time() - started, max(0.0, ready - started)
     summary = Summary(
         rows=held.rows,
         embedded=held.rows - held.failed,
@@ -256,6 +265,7 @@ def _finish(work: _Work, origin: Origin, claimed: Claim, started: float, ready: 
         model=origin.model,
         precision=", ".join(held.precisions) or origin.precision,
         engine=", ".join(held.engines) or origin.engine,
+        jpegs=", ".join(held.jpegs) or origin.jpegs,
     )
     output.write_summary(claimed, vars(summary))
     return summary

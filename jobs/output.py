@@ -29,6 +29,7 @@ class Origin:
     revision: str | None
     precision: str
     engine: str
+    jpegs: str = "whole"  # or reduced
 
     def metadata(self) -> dict[str, str]:
         return {f"{PREFIX}{name}": value or "" for name, value in vars(self).items()}
@@ -139,6 +140,7 @@ class Count:
     errors: dict[str, int]
     precisions: list[str]
     engines: list[str]
+    jpegs: list[str]
 
     @property
     def failed(self) -> int:
@@ -149,7 +151,7 @@ def count(folder: Path) -> Count:
     """Count the rows of all files, and the failed ones by their code."""
     rows = 0
     errors: dict[str, int] = {}
-    found: dict[str, set[str]] = {"precision": set(), "engine": set()}
+    found: dict[str, set[str]] = {"precision": set(), "engine": set(), "jpegs": set()}
     for path in parts(folder):
         with _open(path) as file:
             rows += file.metadata.num_rows
@@ -157,7 +159,7 @@ def count(folder: Path) -> Count:
                 values.add((file.schema_arrow.metadata or {}).get(f"{PREFIX}{name}".encode(), b"").decode())
             for code in file.read(["error"]).column("error").drop_null().to_pylist():
                 errors[code] = errors.get(code, 0) + 1
-    return Count(rows, dict(sorted(errors.items())), sorted(found["precision"]), sorted(found["engine"]))
+    return Count(rows, dict(sorted(errors.items())), *map(sorted, found.values()))
 
 
 def write_summary(claim: Claim, summary: dict[str, object]) -> None:

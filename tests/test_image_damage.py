@@ -10,6 +10,7 @@ import threading
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -196,6 +197,14 @@ def test_a_jpeg_of_endless_scans_is_refused_unread() -> None:
     assert outcome(data[:start] + 20 * scan + end) == "pixels"
     with pytest.raises(ImageCorrupt, match=r"scans; the limit is 100"):
         decode(data[:start] + 200 * scan + end, SPEC)
+
+
+def test_what_phones_and_cameras_add_to_a_jpeg_does_not_count() -> None:
+    """Films behind a motion photo's end, and thumbnails in its segments, hold the bytes that start a scan."""
+    data = encode(picture("RGB", 300, 200), "JPEG")
+    segment = b"\xff\xe5" + struct.pack(">H", 2 + 600) + 300 * b"\xff\xda"
+    with_both = data[:2] + segment + data[2:] + 500 * b"film\xff\xda"
+    assert np.array_equal(decode(with_both, SPEC).pixels, decode(data, SPEC).pixels)
 
 
 def test_a_png_of_endless_chunks_is_refused_unread() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,14 @@ def test_its_config_is_accepted_and_finds_room(cores: int, reduced: bool) -> Non
         share = deployment.get("ray_actor_options", {}).get("num_cpus", application["args"]["cpus_per_replica"])
         reserved += share * deployment["autoscaling_config"]["max_replicas"]
     assert 0 < reserved <= cores
+
+
+def test_on_a_gpu_both_encoders_share_it() -> None:
+    config = yaml.safe_load(plan(rates=replace(RATES, device="cuda"), gpus=1, cores=4).config())
+    check_config(config, "plan")
+    arguments = config["applications"][0]["args"]
+    assert (arguments["device"], arguments["gpus_per_replica"]) == ("cuda", 0.5)
+    assert "threads_per_replica" not in arguments
 
 
 def test_the_command_measures_and_writes_a_config(tmp_path: Path, picture_files: list[Path]) -> None:

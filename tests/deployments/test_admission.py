@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import pytest
 
 from clipfleet.errors import Overloaded
@@ -30,6 +32,16 @@ def test_one_request_over_the_limit_gets_its_turn_alone() -> None:
     held = Admission(LimitSettings(inflight_items=10, inflight_bytes=100))
     with held.hold_items(0, 11, 30), held.hold_bytes(101):
         assert (held.lanes["texts"].items, held.bytes) == (11, 101)
+
+
+def test_a_body_in_many_pieces_gets_its_turn_alone() -> None:
+    held = Admission(LimitSettings(inflight_bytes=100))
+    with ExitStack() as pieces:
+        for piece in range(10):
+            pieces.enter_context(held.hold_bytes(50, own=50 * piece))
+        with pytest.raises(Overloaded, match="500 bytes"), held.hold_bytes(1):
+            pass
+    assert held.bytes == 0
 
 
 def test_bytes_over_the_limit_are_refused() -> None:

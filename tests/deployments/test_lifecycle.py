@@ -142,12 +142,16 @@ def _embed(port: int, images: list[bytes]) -> int:
     return httpx.post(address, files=files, timeout=60, trust_env=False).status_code
 
 
-def test_a_group_signal_stops_it_in_order() -> None:
-    """`kill %1` in a shell reaches the whole process group; Ctrl-C in a terminal does too."""
+def test_a_group_signal_stops_it_in_order(tmp_path: Path) -> None:
+    """`kill %1` in a shell reaches the whole process group; Ctrl-C in a terminal does too. Two ingress replicas hold requests."""
+    config = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
+    next(d for d in config["applications"][0]["deployments"] if d["name"] == "Ingress")["num_replicas"] = 2
+    file = tmp_path / "two.yaml"
+    file.write_text(yaml.safe_dump(config))
     with private_folder() as folder:
         port, metrics_port = free_ports(2)
         ports = ("--port", str(port), "--metrics-port", str(metrics_port))
-        with running(BIN / "clipfleet", "serve", "demo", *ports, folder=folder) as command:
+        with running(BIN / "clipfleet", "serve", file, *ports, folder=folder) as command:
             command.wait_for("clipfleet ready: ")
             known = command.below()
             with ThreadPoolExecutor(6) as clients:

@@ -30,8 +30,9 @@ def test_items_and_failures_are_counted(service: Service, files: list[bytes]) ->
 def test_nobody_there_and_no_address() -> None:
     with pytest.raises(Unavailable, match="nobody listens at 127"):
         run_load("http://127.0.0.1:9", [], 1)
-    with pytest.raises(SettingsError, match="no address of a service"):
-        run_load("somewhere", [], 1)
+    for address in ("somewhere", "http://127.0.0.1:80a", "http://[x"):
+        with pytest.raises(SettingsError, match="no address of a service"):
+            run_load(address, [], 1)
 
 
 @pytest.mark.parametrize("more", [["--texts", "--items", "3"], ["--items", "2"]], ids=["texts", "images"])
