@@ -143,7 +143,7 @@ def _embed(port: int, images: list[bytes]) -> int:
 
 
 def test_a_group_signal_stops_it_in_order(tmp_path: Path) -> None:
-    """`kill %1` in a shell reaches the whole process group; Ctrl-C in a terminal does too. Two ingress replicas hold requests."""
+    """`kill %1` in a shell reaches the whole process group; Ctrl-C in a terminal does too. Two ingresses hold requests."""
     config = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
     next(d for d in config["applications"][0]["deployments"] if d["name"] == "Ingress")["num_replicas"] = 2
     file = tmp_path / "two.yaml"
