@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import job, library, service, start, transport
+from benchmarks import job, library, parts, service, start, transport
 from benchmarks.data import CACHE
 from benchmarks.report import Row, as_json, machine, table
 
@@ -22,6 +22,7 @@ WORKLOADS: dict[str, Callable[[int, list[str]], list[Row]]] = {
     "start": start.measure,
     "service": service.measure,
     "job": job.measure,
+    "parts": parts.measure,
 }
 
 

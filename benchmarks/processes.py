@@ -46,6 +46,16 @@ def _field(file: Path, name: str) -> int:
     return 0
 
 
+def cpu_seconds(pid: int) -> dict[int, tuple[str, float]]:
+    """What each of the processes below `pid` is called, and the processor time that it has taken."""
+    found = {}
+    for process, name in below(pid).items():
+        with suppress(OSError, IndexError):
+            fields = Path("/proc", str(process), "stat").read_text().rpartition(")")[2].split()
+            found[process] = name.partition(".")[0], (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return found
+
+
 def memory(pid: int) -> dict[str, float]:
     """Megabytes of the processes below `pid`, by name: shared pages are divided among those that share them."""
     sizes: dict[str, float] = defaultdict(float)

@@ -1,0 +1,100 @@
+"""What the parts take by themselves: engines by batch size and threads, JPEG decoders, and each process of a loaded service.
+
+These rows have no target; they show where the time goes and why the parts were chosen.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+import time
+from itertools import cycle, islice
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks import data
+from benchmarks.environments import environment
+from benchmarks.processes import cpu_seconds
+from benchmarks.programs import Spread
+from benchmarks.report import Row
+from benchmarks.services import clipfleet
+from clipfleet.encoder import Encoder
+from clipfleet.load import image_request, run_load
+
+ENGINES = (("torch", "float32"), ("openvino", "float32"), ("openvino", "int8"))
+BATCHES = (1, 8, 16, 32)
+SECONDS = 2.0
+DECODERS = ["simplejpeg", "opencv-python-headless", "pyvips[binary]", "pillow==13.0.0", "numpy==2.4.6"]
+REQUESTS = 192
+
+
+def measure(repetitions: int, notes: list[str]) -> list[Row]:
+    return [*_engines(repetitions), *_decoders(), *_processes(notes)]
+
+
+def _row(work: str, found: list[float], unit: str, against: str = "") -> Row:
+    return Row(work, Spread.of(found), unit, against, None, Spread.of(found))
+
+
+def _engines(repetitions: int) -> list[Row]:
+    rows = []
+    pixels = np.random.default_rng(0).integers(0, 256, (max(BATCHES), 224, 224, 3), np.uint8)
+    for engine, precision in ENGINES:
+        for threads in (1, 2):
+            encoder = Encoder(data.checkpoint(), "cpu", precision, ("image",), engine=engine, threads=threads)
+            for size in BATCHES if threads == 2 else BATCHES[1:2]:
+                rates = [_rate(encoder, pixels[:size]) for _ in range(repetitions)]
+                rows.append(_row(f"{engine} {precision}, {threads} threads, batch {size}", rates, "images/s"))
+            encoder.close()
+    return rows
+
+
+def _rate(encoder: Encoder, pixels: np.ndarray) -> float:
+    encoder.encode_pixels(pixels)
+    started, images = time.perf_counter(), 0
+    while time.perf_counter() - started < SECONDS:
+        encoder.encode_pixels(pixels)
+        images += len(pixels)
+    return images / (time.perf_counter() - started)
+
+
+def _decoders() -> list[Row]:
+    python = environment("decoders", DECODERS) / "python"
+    files = data.files(data.photographs(data.LIBRARY_FILES))[:100]
+    program = Path(__file__).parent / "peers" / "decoders.py"
+    done = subprocess.run([python, program, *files], check=True, capture_output=True, text=True)
+    found = json.loads(done.stdout)
+    return [
+        _row(f"JPEG by {name}", of["ms"], "ms of a core", f"Pillow's pixels in {of['equal']} of {found['images']}")
+        for name, of in found["decoders"].items()
+    ]
+
+
+def _processes(notes: list[str]) -> list[Row]:
+    images = [path.read_bytes() for path in data.files(data.photographs(data.LIBRARY_FILES))[:96]]
+    requests = [image_request([image]) for image in images]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for precision in ("float32", "int8"):
+            service = clipfleet(data.checkpoint(), Path(folder), precision)
+            with service.running() as (port, pid):
+                url = f"http://127.0.0.1:{port}"
+                run_load(url, requests, 16)
+                before = cpu_seconds(pid)
+                load = run_load(url, islice(cycle(requests), REQUESTS), 16)
+                after = cpu_seconds(pid)
+            spent: dict[str, float] = {}
+            for process, (name, seconds) in after.items():
+                spent[name] = spent.get(name, 0) + (seconds - before.get(process, ("", 0.0))[1]) * 1000 / REQUESTS
+            rows.append(
+                _row(f"service, 16 clients, {precision}: all processes", [sum(spent.values())], "ms of a core an image")
+            )
+            listed = ", ".join(
+                f"{name} {ms:.1f}" for name, ms in sorted(spent.items(), key=lambda item: -item[1]) if ms > 0.3
+            )
+            notes.append(
+                f"ms of a core an image, service, 16 clients, {precision} ({load.rate:.1f} images/s): {listed}"
+            )
+    return rows
