@@ -7,6 +7,7 @@ import io
 import json
 import sys
 import time
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -38,7 +39,7 @@ def vips(data: bytes) -> np.ndarray:
 
 def main() -> None:
     cv2.setNumThreads(1)
-    files = [open(path, "rb").read() for path in sys.argv[1:]]
+    files = [Path(path).read_bytes() for path in sys.argv[1:]]
     decoders = {"Pillow": pillow, "simplejpeg": simplejpeg.decode_jpeg, "OpenCV": opencv, "pyvips": vips,
                 "Pillow, decoded and resized": pillow_resized}  # fmt: skip
     expected = [pillow(data) for data in files]
