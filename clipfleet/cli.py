@@ -95,7 +95,7 @@ def serve(
     "clipfleet embed products.parquet vectors/ --path-column file --id-column sku"
 )
 def embed(
-    source: Annotated[str, typer.Argument(help="A folder, a glob, or a manifest (.parquet, .csv, .jsonl).")],
+    source: Annotated[str, typer.Argument(help="A folder, a glob, or a manifest (.parquet, .csv, .tsv, .jsonl).")],
     dest: Annotated[str, typer.Argument(help="A folder for the Parquet files; finished rows in it are skipped.")],
     model: Annotated[str, typer.Option(help=_MODEL_HELP)] = _DEFAULT_MODEL,
     path_column: Annotated[str | None, typer.Option(help="The manifest's column of image paths.")] = None,
@@ -228,7 +228,7 @@ def plan(
     sample: Annotated[int, typer.Option(min=1, help="Images of SOURCE to measure.")] = 64,
     core_price: Annotated[float, typer.Option(min=0, help="Price of a core for an hour.")] = 0.0,
     gpu_price: Annotated[float, typer.Option(min=0, help="Price of a GPU for an hour.")] = 0.0,
-    out: Annotated[Path | None, typer.Option(help="Write the config file here instead of to stdout.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the config file here; otherwise it follows the report on stdout.")] = None,
 ) -> None:
     """Measure this machine with a checkpoint and images like yours; print what is needed, its price and a config file."""
     with _reported("serve"):
