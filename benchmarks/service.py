@@ -17,7 +17,7 @@ from benchmarks.report import Row
 from benchmarks.services import Service, Work, clipfleet, infinity, litserve
 
 FILES = 96
-SETTINGS = (("float32", "whole"), ("int8", "whole"), ("int8", "reduced"))  # precision, how JPEGs are decoded
+SETTINGS = (("float32", "whole"), ("int8", "reduced"))  # precision, how JPEGs are decoded
 
 
 def measure(repetitions: int, notes: list[str]) -> list[Row]:

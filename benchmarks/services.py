@@ -27,7 +27,7 @@ from benchmarks import data
 from benchmarks.environments import INFINITY, INFINITY_WITHOUT, LITSERVE, environment
 from benchmarks.processes import memory
 from clipfleet.load import Load, Request, image_request, json_request, run_load
-from clipfleet.samples import texts
+from scripts.draw_shapes import COLOURS, SHAPES
 
 START_S = 300
 MANY = 16  # images of a request that has many
@@ -42,8 +42,19 @@ class Work:
     sent: int = 0
 
     def texts(self, count: int) -> list[str]:
+        """About 13 tokens each, all of words that the checkpoint's tokenizer knows."""
         self.sent += count
-        return [f"{text}, number {self.sent - place}" for place, text in enumerate(texts(count, self.sent))]
+        return [_text(self.sent - place) for place in range(count)]
+
+
+def _text(number: int) -> str:
+    words = []
+    colours = tuple(COLOURS)
+    for choices in (colours, SHAPES, colours, SHAPES, colours):
+        number, choice = divmod(number, len(choices))
+        words.append(choices[choice])
+    first, second, third, fourth, ground = words
+    return f"a {first} {second} and a {third} {fourth} on a {ground} background"
 
 
 @dataclass

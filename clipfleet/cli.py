@@ -228,7 +228,9 @@ def plan(
     sample: Annotated[int, typer.Option(min=1, help="Images of SOURCE to measure.")] = 64,
     core_price: Annotated[float, typer.Option(min=0, help="Price of a core for an hour.")] = 0.0,
     gpu_price: Annotated[float, typer.Option(min=0, help="Price of a GPU for an hour.")] = 0.0,
-    out: Annotated[Path | None, typer.Option(help="Write the config file here; otherwise it follows the report on stdout.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the config file here; otherwise it follows the report on stdout.")
+    ] = None,
 ) -> None:
     """Measure this machine with a checkpoint and images like yours; print what is needed, its price and a config file."""
     with _reported("serve"):
