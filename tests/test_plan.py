@@ -56,7 +56,7 @@ def test_its_config_is_accepted_and_finds_room(cores: int, reduced: bool) -> Non
 
 
 def test_on_a_gpu_both_encoders_share_it() -> None:
-    config = yaml.safe_load(plan(rates=replace(RATES, device="cuda"), gpus=1, cores=4).config())
+    config = yaml.safe_load(plan(rates=replace(RATES, device="cuda", engine="torch"), gpus=1, cores=4).config())
     check_config(config, "plan")
     arguments = config["applications"][0]["args"]
     assert (arguments["device"], arguments["gpus_per_replica"]) == ("cuda", 0.5)
