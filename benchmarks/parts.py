@@ -31,14 +31,14 @@ REQUESTS = 192
 
 
 def measure(repetitions: int, notes: list[str]) -> list[Row]:
-    return [*_engines(repetitions), *_decoders(), *_processes(notes)]
+    return [*_engines(repetitions, notes), *_decoders(), *_processes(notes)]
 
 
 def _row(work: str, found: list[float], unit: str, against: str = "") -> Row:
     return Row(work, Spread.of(found), unit, against, None, Spread.of(found))
 
 
-def _engines(repetitions: int) -> list[Row]:
+def _engines(repetitions: int, notes: list[str]) -> list[Row]:
     rows = []
     pixels = np.random.default_rng(0).integers(0, 256, (max(BATCHES), 224, 224, 3), np.uint8)
     for engine, precision in ENGINES:
@@ -48,7 +48,28 @@ def _engines(repetitions: int) -> list[Row]:
                 rates = [_rate(encoder, pixels[:size]) for _ in range(repetitions)]
                 rows.append(_row(f"{engine} {precision}, {threads} threads, batch {size}", rates, "images/s"))
             encoder.close()
-    return rows
+    return [*rows, *_compiled(repetitions, pixels, notes)]
+
+
+def _compiled(repetitions: int, pixels: np.ndarray, notes: list[str]) -> list[Row]:
+    """torch.compile, which needs a C++ compiler."""
+    import torch
+
+    encoder = Encoder(data.checkpoint(), "cpu", "float32", ("image",), engine="torch", threads=2)
+    tower = encoder._models["image"]
+    tower.module = torch.compile(tower.module, dynamic=False)
+    try:
+        started = time.perf_counter()
+        encoder.encode_pixels(pixels[:8])
+        took = time.perf_counter() - started
+        rates = [_rate(encoder, pixels[:8]) for _ in range(repetitions)]
+    except Exception as error:  # no compiler, above all
+        notes.append(f"torch.compile could not be measured: {(str(error).splitlines() or [''])[0]}")
+        return []
+    finally:
+        encoder.close()
+    notes.append(f"torch.compile took {took:.0f} s before its first batch of 8, again for each other size")
+    return [_row("torch.compile float32, 2 threads, batch 8", rates, "images/s")]
 
 
 def _rate(encoder: Encoder, pixels: np.ndarray) -> float:

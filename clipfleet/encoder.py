@@ -14,7 +14,7 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer
 
 from clipfleet.checkpoint import Checkpoint, find_checkpoint
-from clipfleet.engines import choose_engine
+from clipfleet.engines import choose_engine, settle_device
 from clipfleet.errors import CheckpointUnsupported, ClipfleetError, InvalidRequest
 
 Tower = Literal["image", "text"]
@@ -49,7 +49,7 @@ class Encoder:
         engine: str = "auto",
         threads: int | None = None,
     ) -> None:
-        self.device = resolve_device(device)
+        self.device = resolve_device(settle_device(device, engine, precision))
         self.precision = precision
         self.engine = choose_engine(engine, self.device, precision)
         self._threads = threads

@@ -26,6 +26,11 @@ def choose_engine(engine: str, device: str, precision: str) -> str:
     return "openvino" if able and present and engine != "torch" else "torch"
 
 
+def settle_device(device: str, engine: str, precision: str) -> str:
+    """`auto` where the engine or the precision is one of CPUs alone means cpu, whatever GPUs there are."""
+    return "cpu" if device == "auto" and (precision == "int8" or engine == "openvino") else device
+
+
 def check_engine(engine: str, device: str, precision: str) -> None:
     """Raise SettingsError for what does not go together, whatever is installed. Device `auto` may turn out to be either."""
     if precision not in PRECISIONS:

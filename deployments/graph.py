@@ -16,6 +16,7 @@ from loguru import logger
 from ray import serve
 from ray.serve import Application
 
+from clipfleet.engines import settle_device
 from clipfleet.settings import DEFAULT_MAX_ONGOING, ServiceSettings, service_settings
 from deployments.decoder import DecoderReplica
 from deployments.encoder import EncoderReplica
@@ -69,8 +70,9 @@ _HEALTH: dict[str, Any] = {
 
 def _encoder_resources(settings: ServiceSettings) -> dict[str, Any]:
     """`ray_actor_options` of an encoder: a share of a GPU where the cluster has GPUs, otherwise CPUs."""
-    gpus = ray.cluster_resources().get("GPU", 0) if settings.device == "auto" else 0
-    if settings.device.startswith("cuda") or gpus:
+    device = settle_device(settings.device, settings.engine, settings.precision)
+    gpus = ray.cluster_resources().get("GPU", 0) if device == "auto" else 0
+    if device.startswith("cuda") or gpus:
         logger.info("encoders take {} of a GPU each", settings.gpus_per_replica)
         return {"num_gpus": settings.gpus_per_replica, "num_cpus": settings.cpus_per_replica}
     logger.info("encoders run on CPUs, {} each", settings.cpus_per_replica)

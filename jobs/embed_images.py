@@ -191,7 +191,7 @@ def _execute(
     """Do the work. Returns the origin with the engine that the resources gave, and when the first encoder was ready."""
     ready = float("inf")
     with connected(options.address) as own, _explained():
-        resources = place(options.actors, options.cpus_per_actor, options.gpus_per_actor, options.device, own)
+        resources = place(options.actors, options.cpus_per_actor, options.gpus_per_actor, options.settled_device, own)
         origin = replace(origin, engine=options.engine_on(gpu=resources.gpus > 0))
         decode = DecodePlan(
             work.tasks,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from clipfleet.engines import choose_engine
+from clipfleet.engines import choose_engine, settle_device
 from clipfleet.errors import SettingsError
 
 
@@ -56,6 +56,11 @@ class EmbedOptions:
         if kind not in ("auto", "cpu", "cuda"):
             raise SettingsError(f"device {self.device!r} is unknown; known are auto, cpu and cuda")
         self.engine_on(gpu=kind == "cuda")
+
+    @property
+    def settled_device(self) -> str:
+        """`device`, or cpu where the engine or the precision is one of CPUs alone."""
+        return settle_device(self.device, self.engine, self.precision)
 
     def engine_on(self, *, gpu: bool) -> str:
         """The engine that encoders on GPUs, or on CPUs, run with. Raises SettingsError if there is none."""

@@ -14,7 +14,7 @@ from PIL import Image
 
 from clipfleet import openvino_engine
 from clipfleet.encoder import Encoder
-from clipfleet.engines import choose_engine
+from clipfleet.engines import choose_engine, settle_device
 from clipfleet.errors import CheckpointUnsupported, SettingsError
 from clipfleet.images import decode
 from scripts.draw_shapes import LABELS, draw
@@ -168,3 +168,10 @@ def test_without_openvino_torch_runs_and_int8_names_the_extra(monkeypatch: pytes
     assert choose_engine("auto", "cpu", "float32") == "torch"
     with pytest.raises(SettingsError, match=r"pip install 'clipfleet\[openvino\]'"):
         choose_engine("auto", "cpu", "int8")
+
+
+@pytest.mark.parametrize(("engine", "precision"), [("auto", "int8"), ("openvino", "float32"), ("openvino", "int8")])
+def test_what_only_cpus_run_means_cpu_where_nobody_names_a_device(engine: str, precision: str) -> None:
+    assert settle_device("auto", engine, precision) == "cpu"
+    assert settle_device("auto", "auto", "float32") == settle_device("auto", "torch", "float32") == "auto"
+    assert settle_device("cuda:1", engine, precision) == "cuda:1", "which check_engine then refuses"
