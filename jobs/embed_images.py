@@ -36,7 +36,6 @@ from jobs.sources import Item, Source, is_uri, open_files
 
 FINISHED, STOPPED, WRONG_USAGE, FINISHED_WITH_FAILURES = 0, 1, 2, 3
 _PIXEL_BYTES = 32 * 2**20  # of one output file's images; a block of Ray Data holds one file's
-_RETRIES = 5  # of a decode task whose worker dies; Ray Data's default is to try for ever
 _TASKS_AT_MOST = 10_000  # more work than that goes to tasks in groups
 _FILES_PER_BYTES_TASK = 16  # a task reads a manifest's row group from its start, so it should use much of it
 
@@ -230,7 +229,6 @@ def _stream(task_count: int, decode: DecodePlan, encode: EncodePlan, resources: 
             # What its pixels take. The encoders reserve no memory, and between stages whose resources are equal Ray
             # Data sees one stage: it would decode in the actors.
             memory=_PIXEL_BYTES,
-            max_retries=_RETRIES,
         )
         dataset = dataset.map_batches(
             EncodeActor,
