@@ -121,8 +121,8 @@ def test_the_run_says_what_it_did(bulk: Bulk) -> None:
     assert lines.count(lines[-1]) == 1 and lines[-1].startswith("Embedding: 2000/2000")
     written = summary(bulk.dest)
     assert list(written) == [
-        "rows", "embedded", "failed", "skipped", "errors", "images_per_second", "seconds", "startup_seconds", "jpegs",
-        "fingerprint", "model", "precision", "engine",
+        "rows", "embedded", "failed", "skipped", "errors", "images_per_second", "seconds", "startup_seconds",
+        "fingerprint", "model", "precision", "engine", "jpegs",
     ]  # fmt: skip
     assert (written["rows"], written["embedded"], written["failed"], written["skipped"]) == (COUNT, COUNT - BAD, BAD, 0)
     assert written["errors"] == {code: codes.count(code) for code in sorted(set(codes))}
