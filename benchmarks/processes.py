@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import signal
+import subprocess
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
@@ -24,6 +26,16 @@ def below(pid: int) -> dict[int, str]:
     while more := {child for child, parent in parents.items() if parent in found} - found:
         found |= more
     return {process: name for process in found if (name := _name(process))}
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Interrupt a process that leads a session; after a minute end all of it."""
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(60)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _name(pid: int) -> str:

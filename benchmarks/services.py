@@ -7,7 +7,6 @@ import http.client
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -25,7 +24,7 @@ import yaml
 
 from benchmarks import data
 from benchmarks.environments import INFINITY, INFINITY_WITHOUT, LITSERVE, environment
-from benchmarks.processes import memory
+from benchmarks.processes import memory, stop
 from clipfleet.load import Load, Request, image_request, json_request, run_load
 from scripts.draw_shapes import COLOURS, SHAPES
 
@@ -149,12 +148,7 @@ class Service:
                 self.starts.append(time.monotonic() - started)
                 yield port, process.pid
             finally:
-                process.send_signal(signal.SIGINT)
-                try:
-                    process.wait(60)
-                except subprocess.TimeoutExpired:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
+                stop(process)
 
     def _answers(self, port: int) -> bool:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)

@@ -5,7 +5,6 @@ Serve's defaults. Bodies of 100 kB, 16 clients, the load generator on the same c
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from benchmarks.processes import stop
 from benchmarks.programs import Spread, ratio
 from benchmarks.report import Row
 from clipfleet.load import Load, Request, run_load
@@ -68,12 +68,7 @@ def _plain_graph() -> Iterator[str]:
                 _wait(f"http://127.0.0.1:{port}", process)
                 yield f"http://127.0.0.1:{port}"
             finally:
-                process.send_signal(signal.SIGINT)
-                try:
-                    process.wait(60)
-                except subprocess.TimeoutExpired:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
+                stop(process)
 
 
 def _wait(url: str, process: subprocess.Popen[bytes]) -> None:

@@ -21,7 +21,6 @@ class Health:
         self._handles = handles
         self._last_success: dict[str, float] = {}  # time.monotonic()
         self._description: dict[str, dict[str, Any]] = {}
-        self.described = asyncio.Event()
         self._changed = asyncio.Event()
         self._tasks = [asyncio.create_task(self._watch(name)) for name in handles]
 
@@ -77,8 +76,6 @@ class Health:
         handle = self._handles[name]
         if name != "ImageDecoder" and (name not in self._description or self.model is None):
             self._description[name] = await handle.describe.remote()
-            if self.model is not None:
-                self.described.set()
         idle = await handle.probe.remote(time.time() + _FRESH_S)
         if idle < _FRESH_S:
             self._last_success[name] = max(self._last_success.get(name, 0.0), time.monotonic() - idle)
