@@ -26,7 +26,7 @@ help:
 setup: $(STAMP)
 
 # The stamp is written last, so an interrupted set-up starts again. An existing .venv is kept if it works.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt hatch_build.py clipfleet/resample.c
 	@set -e; \
 	if ! { $(BIN)/python -c '$(SUITABLE)' && $(BIN)/python -m pip --version; } >/dev/null 2>&1; then \
 		python=; \

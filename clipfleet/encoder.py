@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import transformers
+from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer
 
 from clipfleet.checkpoint import Checkpoint, find_checkpoint
@@ -199,11 +200,21 @@ def _dimension(config: Any) -> int:
 
 def _read_logits(checkpoint: Checkpoint) -> tuple[float, float | None]:
     """The scale and bias that ranking uses."""
-    from clipfleet.towers import Weights
+    scale = _read_scalar(checkpoint, "logit_scale")  # stored as its logarithm
+    return math.exp(math.log(100) if scale is None else scale), _read_scalar(checkpoint, "logit_bias")
 
-    with Weights(checkpoint) as weights:
-        scale = weights.scalar("logit_scale")  # stored as its logarithm
-        return math.exp(math.log(100) if scale is None else scale), weights.scalar("logit_bias")
+
+def _read_scalar(checkpoint: Checkpoint, name: str) -> float | None:
+    """The value of a tensor with one element; None if there is no such tensor."""
+    for path in checkpoint.weight_files():
+        with safe_open(path, framework="numpy") as file:
+            if name not in file.keys():  # noqa: SIM118  # no mapping
+                continue
+            if file.get_slice(name).get_dtype() != "BF16":
+                return file.get_tensor(name).item()
+        with safe_open(path, framework="pt") as file:  # numpy has no bfloat16
+            return file.get_tensor(name).item()
+    return None
 
 
 @contextlib.contextmanager

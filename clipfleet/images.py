@@ -237,8 +237,7 @@ def to_picture(image: Image.Image, spec: PixelSpec, limits: ImageLimits = DEFAUL
         if full is not None:
             size = (full[1], full[0]) if turn in _SWAPS_EDGES else full
         check_pixels(*size, limits.max_pixels, "the image")
-        resized = resize(_to_rgb(image), target_size(*size, spec), spec, limits.max_pixels)
-        pixels = np.array(resized)  # a copy: what Pillow gives is read-only
+        pixels = resize(_to_rgb(image), target_size(*size, spec), spec, limits.max_pixels)
         return Picture(np.ascontiguousarray(pad(pixels, spec.size)), *size)
     except ClipfleetError:
         raise

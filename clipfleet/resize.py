@@ -9,40 +9,40 @@ from PIL import Image
 
 from clipfleet.checkpoint import PixelSpec
 from clipfleet.errors import ImageCorrupt, ImageTooManyPixels
+from clipfleet.resample import resample
 
 # Up to this many pixels the resized image is made whole and then cut, as the reference does it.
 _WHOLE_PIXELS = 4_000_000
 
 
-def resize(image: Image.Image, size: tuple[int, int], spec: PixelSpec, max_pixels: int) -> Image.Image:
-    """Resize to `size` (width, height), which is target_size's, and cut to at most `spec.size`.
+def resize(image: Image.Image, size: tuple[int, int], spec: PixelSpec, max_pixels: int) -> np.ndarray:
+    """Resize an RGB image to `size` (width, height), which is target_size's, and cut it to at most `spec.size`.
 
-    A long strip would need gigabytes as a whole. Pillow resizes in two passes, one for each axis; running
-    them one after the other with the part that the crop drops cut between them gives the same bytes.
+    Returns uint8 (H, W, 3). A long strip would need gigabytes as a whole. Pillow resizes in two passes, one for each
+    axis; running them one after the other with the part that the crop drops cut between them gives the same bytes.
     """
     width, height = size
+    height_first = _height_first(image.size, size)
+    (left, right), (top, bottom) = _kept(width, 0, spec.crop), _kept(height, 1, spec.crop)
     if width * height <= _WHOLE_PIXELS:
-        image = image.resize((width, height), spec.resample)
-        return _cut(_cut(image, 0, spec.crop), 1, spec.crop)
-    for axis in (1, 0) if _height_first(image.size, (width, height)) else (0, 1):
+        pixels = resample(image, size, (left, top, right, bottom), spec.resample, height_first)
+        if pixels is not None:
+            return pixels
+        return np.array(image.resize(size, spec.resample).crop((left, top, right, bottom)))
+    for axis in (1, 0) if height_first else (0, 1):
         step = (width, image.height) if axis == 0 else (image.width, height)
         if step != image.size:
             check_pixels(*step, max_pixels, "an intermediate of resizing this narrow image")
             image = image.resize(step, spec.resample)
-        image = _cut(image, axis, spec.crop)
-    return image
+        image = image.crop((left, 0, right, image.height) if axis == 0 else (0, top, image.width, bottom))
+    return np.array(image)
 
 
-def _cut(image: Image.Image, axis: int, crop: tuple[int, int] | None) -> Image.Image:
-    """Cut an image to the centre `crop` (height, width) along one axis (0 is width); a smaller image stays."""
-    have = image.size[axis]
-    keep = have if crop is None else crop[1 - axis]
-    if have <= keep:
-        return image
-    start = (have - keep) // 2
-    if axis == 0:
-        return image.crop((start, 0, start + keep, image.height))
-    return image.crop((0, start, image.width, start + keep))
+def _kept(length: int, axis: int, crop: tuple[int, int] | None) -> tuple[int, int]:
+    """Start and end of the centre `crop` (height, width) along one axis (0 is width); what is smaller stays whole."""
+    keep = length if crop is None else min(length, crop[1 - axis])
+    start = (length - keep) // 2
+    return start, start + keep
 
 
 def _height_first(size: tuple[int, int], target: tuple[int, int]) -> bool:

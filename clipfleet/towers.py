@@ -45,10 +45,6 @@ class Weights:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._open.close()
 
-    def scalar(self, name: str) -> float | None:
-        """The value of a tensor with one element; None if there is no such tensor."""
-        return self._file_of[name].get_tensor(name).float().item() if name in self._file_of else None
-
     def tensor(self, name: str, *shape: int) -> Tensor:
         file = self._file_of.get(name)
         if file is None or tuple(file.get_slice(name).get_shape()) != shape:

@@ -17,6 +17,7 @@ from clipfleet.fingerprint import fingerprint
 from clipfleet.settings import BatchSettings, ServiceSettings, parse
 from deployments import collector
 from deployments.batching import Batcher
+from deployments.imports import encoder_class
 from deployments.own_config import own_batching
 
 if TYPE_CHECKING:
@@ -48,14 +49,12 @@ class EncoderReplica:
 
     def __init__(self, tower: Tower, settings: ServiceSettings) -> None:
         batch = own_batching()  # before weights are loaded: a refusal should be quick
-        # Here, because the ingress and the graph's builder import this module too: torch and transformers take 4 s of a core.
-        from clipfleet.encoder import Encoder
-
         own_threads = threads.of_encoder(settings.cpus_per_replica, settings.threads_per_replica)
         self._tower = tower
         self._settings = settings
         checkpoint = find_checkpoint(settings.model)
-        self._encoder = Encoder(
+        # Imported here, because the ingress and the graph's builder import this module too.
+        self._encoder = encoder_class()(
             checkpoint,
             settings.device,
             settings.precision,

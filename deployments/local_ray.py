@@ -30,6 +30,7 @@ from clipfleet.errors import SettingsError, SetupError
 from clipfleet.settings import APPLICATION
 from deployments.guardian import start_guardian
 from deployments.haproxy_wrapper import haproxy_binary, haproxy_environment
+from deployments.imports import hidden, hide
 from deployments.private_ray import (
     LOOPBACK,
     init,
@@ -124,12 +125,14 @@ def prepare_environment(host: str, port: int, block: int, folder: Path) -> None:
 # --- Ray and the application
 
 
-def listen_on_loopback() -> None:
-    """Runs in every worker: Serve's replicas take each other's pickled calls on all interfaces, which is fixed in its code."""
+def prepare_worker() -> None:
+    """Runs in every worker before it imports Serve, which takes pandas along where there is one: 0.3 s of a core."""
     import ray._common.tls_utils as tls
 
+    # Serve's replicas take each other's pickled calls on all interfaces, which is fixed in its code.
     add_port = tls.add_port_to_grpc_server
     tls.add_port_to_grpc_server = lambda server, address: add_port(server, address.replace("[::]", LOOPBACK))
+    hide("pandas")
 
 
 def _schema(config: dict[str, Any]) -> Any:
@@ -160,13 +163,28 @@ def _refuse_unknown(values: Any, kind: Any, where: str) -> None:
 
 
 def _deploy(schema: Any, options: dict[str, Any], host: str, port: int) -> Any:
-    from ray.serve._private.api import serve_start
-
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     behind_haproxy = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
     options = {**options, "host": LOOPBACK if behind_haproxy else host, "port": port}
-    client = serve_start(http_options=options, proxy_location="HeadOnly", global_logging_config=schema.logging_config)
+    client = _start_serve(options, schema.logging_config)
     client.deploy_apps(_with_others(client, schema))
+    return client
+
+
+def _start_serve(options: dict[str, Any], logging_config: Any) -> Any:
+    """A client of the Serve that runs, or of a new one, as serve_start, but without its wait for the proxies: the
+    application is built meanwhile, which is 2 s of a start."""
+    from ray.serve._private import api
+    from ray.serve._private.client import ServeControllerClient
+    from ray.serve.exceptions import RayServeException
+
+    with suppress(RayServeException):
+        return api._get_global_client()
+    controller, _ = api._create_controller_and_proxy_refs(
+        options, None, logging_config, None, api._coerce_controller_options(None), "HeadOnly"
+    )
+    client = ServeControllerClient(controller)
+    api._set_global_client(client)
     return client
 
 
@@ -332,11 +350,12 @@ def _own_ray(config: dict[str, Any], host: str, port: int, metrics_port: int) ->
     guardian = start_guardian(folder)
     try:
         prepare_environment(host, port, block, folder)
-        _schema(config)  # a mistake shows before Ray starts
+        with hidden("pandas"):
+            _schema(config)  # a mistake shows before Ray starts
         start_ray(
             folder,
             namespace="serve",
-            runtime_env={"worker_process_setup_hook": "deployments.local_ray.listen_on_loopback"},
+            runtime_env={"worker_process_setup_hook": "deployments.local_ray.prepare_worker"},
             _metrics_export_port=metrics_port,
         )
         yield

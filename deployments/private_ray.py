@@ -82,6 +82,7 @@ def init(**options: Any) -> None:
 @_signals_held()
 def start_ray(folder: Path, **options: Any) -> None:
     """Start a Ray in `folder`, with further options of ray.init. What it runs logs to files: the terminal is the command's."""
+    import ray._private.node
     import ray._private.services as services
     import ray._private.worker
 
@@ -93,6 +94,9 @@ def start_ray(folder: Path, **options: Any) -> None:
             super().__init__(*arguments, **{**options, "start_new_session": True})
 
     services.ConsolePopen = Apart
+    # Three processes that a Ray of one machine without a dashboard has no use for: together 2 s of its start and 170 MB.
+    for start in ("start_monitor", "start_log_monitor", "start_api_server"):
+        setattr(ray._private.node.Node, start, lambda *_, **__: None)
     # Ray prints its own words about failed tasks and placement to our terminal, whatever log_to_driver says.
     ray._private.worker.print_to_stdstream = lambda *_, **__: None
     init(

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from clipfleet.errors import FingerprintMismatch
 from clipfleet.fingerprint import fingerprint
+from deployments.imports import encoder_class
 from jobs.decoding import unpack
 from jobs.destination import Claim
 from jobs.output import Origin, write_part
@@ -59,10 +60,8 @@ class EncodeActor:
 
 
 def _load(plan: EncodePlan) -> Encoder:
-    from clipfleet.encoder import Encoder  # here, because the job's own process needs no torch
-
     origin = plan.origin
-    encoder = Encoder(
+    encoder = encoder_class()(  # imported here, because the job's own process needs none of it
         plan.model, plan.device, origin.precision, towers=("image",), engine=origin.engine, threads=plan.threads
     )
     found = fingerprint(encoder.checkpoint)

@@ -111,10 +111,9 @@ def running(*arguments: str | Path, folder: Path, **variables: Any) -> Iterator[
         command.close()
 
 
-def total(url: str, name: str, **labels: str) -> float:
-    """The sum of a metric's samples at `url` that carry all of `labels`; 0.0 where there is none yet."""
-    text = httpx.get(f"{url}/metrics", timeout=30, trust_env=False).text
-    samples = [line.rsplit(" ", 1) for line in text.splitlines() if line.partition("{")[0] == name]
+def sum_of(page: str, name: str, **labels: str) -> float:
+    """The sum of a metric's samples in `page` that carry all of `labels`; 0.0 where there is none yet."""
+    samples = [line.rsplit(" ", 1) for line in page.splitlines() if line.partition("{")[0] == name]
     wanted = [f'{label}="{value}"' for label, value in labels.items()]
     return sum(float(value) for sample, value in samples if all(label in sample for label in wanted))
 
@@ -141,9 +140,13 @@ class Service:
     def client(self, **options: Any) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=60, trust_env=False, **options)
 
+    def metrics(self) -> str:
+        """What the metrics port says now."""
+        return httpx.get(f"{self.metrics_url}/metrics", timeout=30, trust_env=False).text
+
     def total(self, name: str, **labels: str) -> float:
-        """As the function `total`, of this service."""
-        return total(self.metrics_url, name, **labels)
+        """The sum of a metric's samples now."""
+        return sum_of(self.metrics(), name, **labels)
 
 
 def free_ports(count: int) -> list[int]:

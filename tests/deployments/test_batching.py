@@ -21,7 +21,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel
 
 from scripts.draw_shapes import draw
 from tests.deployments.processes import until
-from tests.deployments.service import ROOT, Service, serving
+from tests.deployments.service import ROOT, Service, serving, sum_of
 from tests.pictures import encode
 
 LARGEST = 8
@@ -65,7 +65,8 @@ class Recorded:
             "forward": "clipfleet_forward_seconds_sum",
             "counted": "clipfleet_items_total",
         }
-        return {name: self._service.total(f"ray_{metric}", tower="image") for name, metric in kinds.items()}
+        page = self._service.metrics()  # of one moment
+        return {name: sum_of(page, f"ray_{metric}", tower="image") for name, metric in kinds.items()}
 
     def gained(self, items: int) -> dict[str, float]:
         """The gain, once `items` images have arrived in all of it (Ray exports every 2 s)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import random
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -65,3 +66,18 @@ def test_every_fourth_of_64_concurrent_requests_is_broken(
 
     after = asyncio.run(send_all(service, good[CLIENTS:]))
     assert np.abs(np.stack([vector(answer) for answer in after]) - expected[CLIENTS:]).max() <= 1e-5
+
+
+def test_processes_hold_no_library_that_they_do_not_use(service: Service) -> None:
+    def holders(library: str) -> set[str]:
+        return {
+            name
+            for name in ("Ingress", "ImageDecoder", "ImageEncoder", "TextEncoder")
+            for replica in service.replicas(name)
+            if library in Path("/proc", str(replica.pid), "maps").read_text()
+        }
+
+    encoders = {"ImageEncoder", "TextEncoder"}
+    assert holders("libopenvino") == encoders
+    assert holders("libtorch") == set()
+    assert holders("pandas") == set()

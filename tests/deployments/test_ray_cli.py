@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from tests.deployments.processes import end_all, of_folder, private_folder, until
-from tests.deployments.service import BIN, ROOT, free_ports, running, total
+from tests.deployments.service import BIN, ROOT, free_ports, running, sum_of
 
 SECONDS = 180  # only guards against a hang
 QUICK = {"RAY_metrics_report_interval_ms": "1000", "RAY_AUTH_MODE": "disabled"}
@@ -127,7 +127,8 @@ def test_deploy_and_a_new_batch_size_without_a_restart(cluster: Cluster, tmp_pat
         nonlocal sent
 
         def read(name: str) -> float:
-            return total(cluster.metrics, f"ray_clipfleet_{name}", tower="image")
+            page = httpx.get(f"{cluster.metrics}/metrics", timeout=30, trust_env=False).text
+            return sum_of(page, f"ray_clipfleet_{name}", tower="image")
 
         before = read("batch_size_count")
         uploads = [("files", (f"{number}.png", data)) for number, data in enumerate(files)]

@@ -1,0 +1,245 @@
+/* Pillow's resampling of 8-bit pixels, bit for bit, with the vector instructions that Pillow does without.
+ *
+ * Pillow resizes in two passes, one for each axis. An output is a sum of 32-bit integers, coefficient times pixel, with
+ * coefficients scaled by 2^22, rounded after each pass. The order of such a sum does not matter and it may wrap on its
+ * way, so this gives the same bytes. Processors multiply and add pairs of 16-bit integers in one instruction, so a
+ * coefficient c is split: c = high * 4096 + low.
+ *
+ * A pixel is 4 bytes, as in Pillow's memory: red, green, blue and one that is carried along.
+ */
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+enum { SCALE_BITS = 22, LOW_BITS = 12, HALF = 1 << (SCALE_BITS - 1) };
+enum { BLOCK = 8, ROWS = 4 }; /* what across_avx2 takes in one go: taps of a row, and rows */
+enum { STRIPE = 256 };        /* bytes of a row that down() adds up at a time */
+
+typedef struct {
+    int taps;       /* of each output, with zeros up to a multiple of BLOCK: may reach beyond the source's end */
+    int *first;     /* source position of an output's first tap */
+    int32_t *kept;  /* coefficients, outputs x taps */
+} weights;
+
+static void free_weights(weights *w) {
+    free(w->first);
+    free(w->kept);
+}
+
+static double triangle(double x) {
+    x = fabs(x);
+    return x < 1.0 ? 1.0 - x : 0.0;
+}
+
+static double cubic(double x) {
+    const double a = -0.5;
+    x = fabs(x);
+    if (x < 1.0) return ((a + 2.0) * x - (a + 3.0)) * x * x + 1;
+    if (x < 2.0) return (((x - 5) * x + 8) * x - 4) * a;
+    return 0.0;
+}
+
+/* For the outputs [start, start + count) of a resize from `length` to `target`. The order of operations is Pillow's: it
+ * decides the last bit. Returns 0 without memory. */
+static int make_weights(weights *w, int length, int target, int start, int count, int bicubic) {
+    const double scale = (double)length / target, stretch = scale < 1.0 ? 1.0 : scale;
+    const double support = (bicubic ? 2.0 : 1.0) * stretch, step = 1.0 / stretch;
+    const int most = (int)ceil(support) * 2 + 1;
+    double *values = malloc(most * sizeof(double));
+    w->taps = (most + BLOCK - 1) / BLOCK * BLOCK;
+    w->first = malloc(count * sizeof(int));
+    w->kept = calloc((size_t)count * w->taps, sizeof(int32_t));
+    if (!values || !w->first || !w->kept) {
+        free(values);
+        return 0;
+    }
+    for (int i = 0; i < count; i++) {
+        const double center = (start + i + 0.5) * scale;
+        int low = (int)(center - support + 0.5), high = (int)(center + support + 0.5);
+        if (low < 0) low = 0;
+        if (high > length) high = length;
+        double sum = 0.0;
+        for (int k = 0; k < high - low; k++) {
+            const double at = (k + low - center + 0.5) * step;
+            values[k] = bicubic ? cubic(at) : triangle(at);
+            sum += values[k];
+        }
+        for (int k = 0; k < high - low; k++) {
+            const double value = (sum != 0.0 ? values[k] / sum : values[k]) * (1 << SCALE_BITS);
+            w->kept[(size_t)i * w->taps + k] = (int32_t)(value < 0 ? value - 0.5 : value + 0.5);
+        }
+        w->first[i] = low;
+    }
+    free(values);
+    return 1;
+}
+
+static inline uint8_t clip(int32_t sum) {
+    const int32_t value = sum >> SCALE_BITS;
+    return value < 0 ? 0 : value > 255 ? 255 : (uint8_t)value;
+}
+
+static inline int taps_inside(const weights *w, int i, int length) {
+    return w->first[i] + w->taps <= length ? w->taps : length - w->first[i];
+}
+
+static void across_plain(const uint8_t *source, size_t stride, int length, int rows, const weights *w, int count,
+                         uint8_t *result) {
+    for (int y = 0; y < rows; y++, source += stride)
+        for (int i = 0; i < count; i++, result += 4) {
+            const int32_t *kept = w->kept + (size_t)i * w->taps;
+            const uint8_t *from = source + (size_t)w->first[i] * 4;
+            const int taps = taps_inside(w, i, length);
+            int32_t sums[4] = {HALF, HALF, HALF, HALF};
+            for (int k = 0; k < taps; k++)
+                for (int c = 0; c < 4; c++) sums[c] += kept[k] * from[k * 4 + c];
+            for (int c = 0; c < 4; c++) result[c] = clip(sums[c]);
+        }
+}
+
+#if defined(__x86_64__)
+
+/* The coefficients as across_avx2 multiplies them. For each block of 8 taps: the low parts of taps (0 1 | 4 5) and of
+ * (2 3 | 6 7), then the high parts, every pair four times, once for each byte of a pixel. NULL without memory. */
+static int16_t *spread(const weights *w, int count) {
+    const size_t blocks = (size_t)count * w->taps / BLOCK;
+    void *memory = NULL;
+    if (posix_memalign(&memory, 32, blocks * 64 * sizeof(int16_t))) return NULL;
+    int16_t *to = memory;
+    for (size_t b = 0; b < blocks; b++)
+        for (int part = 0; part < 4; part++)
+            for (int lane = 0; lane < 16; lane++) {
+                const int32_t value = w->kept[b * BLOCK + (part & 1) * 2 + (lane & 8) / 2 + (lane & 1)];
+                *to++ = (int16_t)(part < 2 ? value & ((1 << LOW_BITS) - 1) : value >> LOW_BITS);
+            }
+    return memory;
+}
+
+/* `rows` is a multiple of ROWS. Reads whole blocks, so up to the furthest tap even where its coefficient is zero. */
+__attribute__((target("avx2"))) static void across_avx2(const uint8_t *source, size_t stride, int rows,
+                                                        const weights *w, const int16_t *spread_kept, int count,
+                                                        uint8_t *result) {
+    /* in each half of a vector, four pixels: pairs of the first two, and of the last two, widened to 16 bits */
+    const __m256i early = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, -1, 4, -1, 1, -1, 5, -1, 2, -1, 6, -1, 3, -1, 7, -1));
+    const __m256i late = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(8, -1, 12, -1, 9, -1, 13, -1, 10, -1, 14, -1, 11, -1, 15, -1));
+    const size_t result_stride = (size_t)count * 4;
+    const int blocks = w->taps / BLOCK;
+    for (int y = 0; y < rows; y += ROWS, source += ROWS * stride, result += ROWS * result_stride) {
+        const __m256i *kept = (const __m256i *)spread_kept;
+        for (int i = 0; i < count; i++) {
+            const uint8_t *from = source + (size_t)w->first[i] * 4;
+            __m256i low[ROWS], high[ROWS];
+            for (int r = 0; r < ROWS; r++) low[r] = high[r] = _mm256_setzero_si256();
+            for (int b = 0; b < blocks; b++, kept += 4, from += BLOCK * 4)
+                for (int r = 0; r < ROWS; r++) {
+                    const __m256i pixels = _mm256_loadu_si256((const __m256i *)(from + r * stride));
+                    const __m256i a = _mm256_shuffle_epi8(pixels, early), z = _mm256_shuffle_epi8(pixels, late);
+                    low[r] = _mm256_add_epi32(low[r], _mm256_madd_epi16(a, kept[0]));
+                    low[r] = _mm256_add_epi32(low[r], _mm256_madd_epi16(z, kept[1]));
+                    high[r] = _mm256_add_epi32(high[r], _mm256_madd_epi16(a, kept[2]));
+                    high[r] = _mm256_add_epi32(high[r], _mm256_madd_epi16(z, kept[3]));
+                }
+            for (int r = 0; r < ROWS; r++) {
+                const __m256i both = _mm256_add_epi32(low[r], _mm256_slli_epi32(high[r], LOW_BITS));
+                __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+                sum = _mm_srai_epi32(_mm_add_epi32(sum, _mm_set1_epi32(HALF)), SCALE_BITS);
+                sum = _mm_packus_epi16(_mm_packs_epi32(sum, sum), sum); /* saturates: that is clip() */
+                const int pixel = _mm_cvtsi128_si32(sum);
+                memcpy(result + r * result_stride + (size_t)i * 4, &pixel, 4);
+            }
+        }
+    }
+}
+
+#endif
+
+/* The pass along rows of `length` pixels: result is (rows, count) pixels. Returns 0 without memory. */
+static int across(const uint8_t *source, size_t stride, int length, int rows, const weights *w, int count, int plain,
+                  uint8_t *result) {
+    int done = 0;
+#if defined(__x86_64__)
+    if (!plain && __builtin_cpu_supports("avx2")) {
+        int furthest = length;
+        for (int i = 0; i < count; i++)
+            if (w->first[i] + w->taps > furthest) furthest = w->first[i] + w->taps;
+        /* a block that reaches beyond its row must not reach beyond the last one */
+        const size_t beyond = (size_t)(furthest - length) * 4;
+        const int last = beyond ? (int)((beyond + stride - 1) / stride) : 0;
+        if (rows > last) done = (rows - last) / ROWS * ROWS;
+        if (done) {
+            int16_t *kept = spread(w, count);
+            if (!kept) return 0;
+            across_avx2(source, stride, done, w, kept, count, result);
+            free(kept);
+        }
+    }
+#endif
+    across_plain(source + done * stride, stride, length, rows - done, w, count, result + (size_t)done * count * 4);
+    return 1;
+}
+
+/* The pass down columns of `length` pixels: result is (count, bytes). Compilers make vector instructions of this one. */
+#if defined(__x86_64__) && defined(__gnu_linux__)
+__attribute__((target_clones("avx2", "default")))
+#endif
+static void down(const uint8_t *restrict source, size_t stride, int length, size_t bytes, const weights *w, int count,
+                 uint8_t *restrict result) {
+    int32_t sums[STRIPE];
+    for (int i = 0; i < count; i++) {
+        const int32_t *kept = w->kept + (size_t)i * w->taps;
+        const int taps = taps_inside(w, i, length);
+        for (size_t start = 0; start < bytes; start += STRIPE) {
+            const int wide = bytes - start < STRIPE ? (int)(bytes - start) : STRIPE;
+            const uint8_t *from = source + (size_t)w->first[i] * stride + start;
+            for (int j = 0; j < STRIPE; j++) sums[j] = HALF;
+            for (int k = 0; k < taps; k++, from += stride) {
+                const int32_t c = kept[k];
+                for (int j = 0; j < wide; j++) sums[j] += c * from[j];
+            }
+            for (int j = 0; j < wide; j++) result[(size_t)i * bytes + start + j] = clip(sums[j]);
+        }
+    }
+}
+
+/* Resize `source` (height, width) to (new_height, new_width) and give the part of it that starts at (top, left) and has
+ * the size (rows, columns), as 3 bytes a pixel. Only what that part needs is computed. `height_first` says which pass
+ * is the first, `plain` does without vector instructions. Returns 1, or 0 without memory. */
+int clipfleet_resample(const uint8_t *source, int width, int height, int new_width, int new_height, int left, int top,
+                       int columns, int rows, int bicubic, int height_first, int plain, uint8_t *result) {
+    weights x = {0}, y = {0};
+    uint8_t *between = NULL, *small = malloc((size_t)rows * columns * 4);
+    const size_t stride = (size_t)width * 4;
+    int done = 0;
+    if (small && make_weights(&x, width, new_width, left, columns, bicubic) &&
+        make_weights(&y, height, new_height, top, rows, bicubic)) {
+        /* the source's part that any output takes */
+        const int west = x.first[0], east = x.first[columns - 1] + taps_inside(&x, columns - 1, width);
+        const int north = y.first[0], south = y.first[rows - 1] + taps_inside(&y, rows - 1, height);
+        source += north * stride + (size_t)west * 4;
+        for (int i = 0; i < columns; i++) x.first[i] -= west;
+        for (int i = 0; i < rows; i++) y.first[i] -= north;
+        const size_t tall = south - north, wide = east - west;
+        between = malloc(height_first ? rows * wide * 4 : tall * columns * 4);
+        if (between && height_first) {
+            down(source, stride, (int)tall, wide * 4, &y, rows, between);
+            done = across(between, wide * 4, (int)wide, rows, &x, columns, plain, small);
+        } else if (between) {
+            done = across(source, stride, (int)wide, (int)tall, &x, columns, plain, between);
+            down(between, (size_t)columns * 4, (int)tall, (size_t)columns * 4, &y, rows, small);
+        }
+        for (size_t i = 0; i < (size_t)rows * columns; i++) memcpy(result + i * 3, small + i * 4, 3);
+    }
+    free(between);
+    free(small);
+    free_weights(&x);
+    free_weights(&y);
+    return done;
+}
