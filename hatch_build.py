@@ -45,6 +45,7 @@ class CompileResample(BuildHookInterface):
             self.app.display_warning(f"{SOURCE} is left out, and Pillow resizes images more slowly: {said}")
             made.parent.rmdir()
             return
+        made.chmod(0o644)
         if version == "editable":
             made.replace(tree / LIBRARY)
             made.parent.rmdir()

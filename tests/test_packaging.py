@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 import venv
 import zipfile
@@ -51,7 +53,10 @@ def pins() -> dict[str, Version]:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
+    return make_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+def make_wheel(folder: Path) -> Path:
     pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, ROOT, cwd=folder)
     (built,) = folder.glob("*.whl")
     return built
@@ -70,9 +75,24 @@ def light(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 class TestWheel:
     def test_holds_the_packages_and_nothing_beside_them(self, wheel: Path) -> None:
         names = zipfile.ZipFile(wheel).namelist()
-        assert wheel.name == f"clipfleet-{clipfleet.__version__}-py3-none-any.whl"
+        assert wheel.name.startswith(f"clipfleet-{clipfleet.__version__}-py3-none-")
         assert {name.split("/")[0] for name in names} == {*PACKAGES, f"clipfleet-{clipfleet.__version__}.dist-info"}
         assert not [name for name in names if "__pycache__" in name]
+
+    @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+    def test_holds_what_the_compiler_made_for_this_platform(self, wheel: Path) -> None:
+        platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+        assert wheel.name.endswith(f"-py3-none-{platform}.whl")
+        assert "clipfleet/_resample.so" in zipfile.ZipFile(wheel).namelist()
+
+    @pytest.mark.parametrize("compiler", ["", "no-such-compiler"])
+    def test_without_a_compiler_it_is_for_any_platform(
+        self, compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("CC", compiler)
+        built = make_wheel(tmp_path)
+        assert built.name.endswith("-py3-none-any.whl")
+        assert "clipfleet/_resample.so" not in zipfile.ZipFile(built).namelist()
 
     def test_holds_every_module_and_the_embedded_checkpoint(self, wheel: Path) -> None:
         held = set(zipfile.ZipFile(wheel).namelist())
