@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import io
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import httpx
@@ -13,7 +15,7 @@ import pytest
 
 from scripts.draw_shapes import draw
 from tests.deployments.broken import BROKEN
-from tests.deployments.service import Service
+from tests.deployments.service import ROOT, Service
 from tests.library import Library
 from tests.pictures import encode
 
@@ -79,5 +81,24 @@ def test_processes_hold_no_library_that_they_do_not_use(service: Service) -> Non
 
     encoders = {"ImageEncoder", "TextEncoder"}
     assert holders("libopenvino") == encoders
-    assert holders("libtorch") == set()
+    assert holders("libtorch") <= encoders  # to convert a tower, at the first start
     assert holders("pandas") == set()
+
+
+ENCODER = """
+import sys
+from deployments.imports import encoder_class
+encoder = encoder_class()("tiny", "cpu", towers=("image", "text"))
+encoder.encode_texts(["a red circle"])
+print(encoder.engine, "torch" in sys.modules)
+import torch
+print(torch.zeros(1).item())
+"""
+
+
+def test_an_encoder_whose_towers_are_converted_does_without_torch() -> None:
+    done = [
+        subprocess.run([sys.executable, "-c", ENCODER], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        for _ in range(2)  # the first may have to convert
+    ][-1]
+    assert done.stdout.split() == ["openvino", "False", "0.0"], done.stderr
