@@ -321,6 +321,9 @@ def local_service(
     service = Service(host, port, metrics_port, name)
     address = address or os.environ.get("RAY_ADDRESS")
     _listen_to_signals()
+    if not address:
+        # One line a request, in a file that goes with the command: 3% of an ingress's time.
+        config = {"logging_config": {"enable_access_log": False}, **config}
     with _connected(address) if address else _own_ray(config, host, port, metrics_port):
         schema = _schema(config)  # before the try: what was never deployed must not take off what runs there
         try:
