@@ -38,6 +38,7 @@ class LimitSettings(Settings):
     image_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = 64_000_000  # Pillow's own limit stands behind ours
     image_formats: tuple[str, ...] = IMAGE_FORMATS
     deadline_s: Annotated[float, Field(gt=0)] = 30.0
+    forward_s: Annotated[float, Field(gt=0)] = 60.0  # a forward pass that takes longer ends its replica
     inflight_items: Count = 4096
     inflight_bytes: Count = 512 * 1024 * 1024
     decoding_bytes: Count = 1024 * 1024 * 1024

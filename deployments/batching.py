@@ -8,6 +8,8 @@ as a batch may hold.
 from __future__ import annotations
 
 import asyncio
+import faulthandler
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -48,13 +50,19 @@ class _Call:
 class Batcher:
     """Joins the items of concurrent callers into batches for `forward`, which runs in a thread of its own.
 
-    `forward` maps a list of items to as many outcomes. If it raises, each item of the batch gets the error.
+    `forward` maps a list of items to as many outcomes. If it raises, each item of the batch gets the error. If it takes
+    longer than `patience_s` seconds it hangs, and this process is ended: nothing else gets a thread out of a device driver.
     """
 
     def __init__(
-        self, forward: Callable[[list[Any]], Sequence[Any]], settings: BatchSettings, observe: Observer
+        self,
+        forward: Callable[[list[Any]], Sequence[Any]],
+        settings: BatchSettings,
+        observe: Observer,
+        patience_s: float,
     ) -> None:
         self._forward = forward
+        self._patience_s = patience_s
         self._observe = observe
         self.settings = settings
         self._waiting: deque[_Call] = deque()
@@ -133,7 +141,7 @@ class Batcher:
         items = [call.items[index] for call, index in batch]
         outcomes: Sequence[Any]
         try:
-            outcomes = await asyncio.get_running_loop().run_in_executor(self._thread, self._forward, items)
+            outcomes = await asyncio.get_running_loop().run_in_executor(self._thread, self._watched, items)
             self.last_success = time.monotonic()
         except ClipfleetError as error:
             outcomes = [error] * len(batch)
@@ -144,6 +152,14 @@ class Batcher:
             self._observe(len(counted), counted, time.monotonic() - started)
         for (call, index), outcome in zip(batch, outcomes, strict=True):
             call.settle(index, outcome)
+
+    def _watched(self, items: list[Any]) -> Sequence[Any]:
+        # Its watching thread needs neither the event loop nor the interpreter's lock, and says on stderr where it hung.
+        faulthandler.dump_traceback_later(self._patience_s, exit=True, file=sys.__stderr__)
+        try:
+            return self._forward(items)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
 
 def model_failure(error: Exception) -> ClipfleetError:

@@ -64,7 +64,7 @@ class EncoderReplica:
         )
         self._fingerprint = fingerprint(checkpoint, exif_orientation=settings.exif_orientation)
         self._forward(self._probe_items())  # the first pass is the slow one
-        self._batcher = Batcher(self._forward, batch, self._observe)
+        self._batcher = Batcher(self._forward, batch, self._observe, settings.limits.forward_s)
         collector.rarely()
 
         tags = {"tag_keys": ("tower",)}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -13,6 +15,7 @@ import pytest
 from clipfleet.errors import DeadlineExceeded, ImageCorrupt, Unavailable
 from clipfleet.settings import BatchSettings
 from deployments.batching import Batcher
+from tests.deployments.service import ROOT
 
 LATER = time.time() + 3600
 
@@ -42,7 +45,7 @@ class Observed:
 
 
 def batcher(model: Model, largest: int = 4, observed: Observed | None = None) -> Batcher:
-    return Batcher(model, BatchSettings(max_batch_size=largest), observed or Observed())
+    return Batcher(model, BatchSettings(max_batch_size=largest), observed or Observed(), patience_s=60)
 
 
 async def started(model: Model, batches: int) -> None:
@@ -183,3 +186,31 @@ def test_what_a_cancelled_call_still_waits_for_is_dropped() -> None:
         assert sum(map(len, model.batches)) == 5
 
     asyncio.run(scenario())
+
+
+HANGING = """
+import asyncio, time
+from clipfleet.settings import BatchSettings
+from deployments.batching import Batcher
+
+def model_that_hangs(items):
+    if "hang" in items:
+        time.sleep(600)
+    return items
+
+async def main():
+    batches = Batcher(model_that_hangs, BatchSettings(), lambda *_: None, patience_s=0.5)
+    for _ in range(3):
+        print(await batches.submit(["well"], time.time() + 60), flush=True)
+        await asyncio.sleep(0.4)
+    await batches.submit(["hang"], time.time() + 60)
+
+asyncio.run(main())
+"""
+
+
+def test_a_forward_pass_that_hangs_ends_the_process_and_says_where() -> None:
+    done = subprocess.run([sys.executable, "-c", HANGING], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == 3 * "['well']\n", done.stderr  # short ones are not counted together
+    assert done.returncode == 1
+    assert "model_that_hangs" in done.stderr
