@@ -1,0 +1,182 @@
+"""Replicas, proxies and clients that die while 16 clients send photographs: what fails, and whether a vector is wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import io
+import json
+import os
+import random
+import signal
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from benchmarks import data
+from benchmarks.processes import memory
+from clipfleet import CLIPEmbedder
+from faults.report import Row
+from faults.served import ROOT, Served, config, serve
+from faults.traffic import Picture, Seen, post, traffic
+
+CLIENTS = 16
+CRASHING = b"clipfleet: end this process"  # crash/sitecustomize.py
+
+
+def pictures(model: str | Path, count: int = 96) -> list[Picture]:
+    """Photographs, and their vectors by the library."""
+    files = data.files(data.photographs(data.LIBRARY_FILES))[:count]
+    with CLIPEmbedder(str(model), "cpu") as embedder:
+        vectors = asyncio.run(embedder.generate_embeddings_batch([str(file) for file in files], show_progress=False))
+    return [Picture(file.read_bytes(), vector) for file, vector in zip(files, vectors, strict=True)]
+
+
+def kill_replicas(served: Served, deployments: Sequence[str], every_s: float, seconds: float, least: int = 1) -> int:
+    """`kill -9` a random replica of the deployments every so often, where more than `least` of its kind live."""
+    killed = 0
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(every_s)
+        able = [pid for name in deployments if len(found := served.replicas(name)) > least for pid in found]
+        if able:
+            victim = random.choice(able)
+            print(f"{time.strftime('%T')} kill -9 {victim} ({served.processes().get(victim)})", flush=True)
+            with suppress(ProcessLookupError):
+                os.kill(victim, signal.SIGKILL)
+                killed += 1
+    return killed
+
+
+def dying_replicas(model: str, folder: str | Path, seconds: float) -> list[Row]:
+    shown = pictures(folder)
+    rows = []
+    with serve(config({"Ingress": 2, "ImageDecoder": 2, "ImageEncoder": 2}), folder) as served:
+        for names, every in ((("ImageDecoder", "ImageEncoder"), 5.0), (("Ingress",), 10.0)):
+            with traffic(served.port, shown, CLIENTS) as seen:
+                killed = kill_replicas(served, names, every, seconds)
+                time.sleep(3)
+            what = " or ".join(names)
+            rows.append(_row(f"`kill -9` of a random {what} every {every:.0f} s, {model}", killed, seen))
+            served.until_ready()
+    return rows
+
+
+def crashing_image(seconds: float) -> list[Row]:
+    """An image that ends whichever process decodes it, beside good ones that share its decoder."""
+    shown = pictures("tiny")
+    jpeg = io.BytesIO()
+    Image.fromarray(np.full((300, 400, 3), 90, np.uint8)).save(jpeg, "JPEG", comment=CRASHING)
+    os.environ["PYTHONPATH"] = str(ROOT / "faults" / "crash")
+    answers: list[str] = []
+    try:
+        with serve(config({"ImageDecoder": 2}), "tiny") as served, traffic(served.port, shown, CLIENTS) as seen:
+            end = time.monotonic() + seconds
+            while time.monotonic() < end:
+                status, body = post(served.port, jpeg.getvalue())
+                answers.append(f"{status} {json.loads(body)['error']['code']}")
+                print(f"{time.strftime('%T')} the crashing image got {answers[-1]}", flush=True)
+                time.sleep(5)
+    finally:
+        del os.environ["PYTHONPATH"]
+    named = answers.count("422 image_crashed_decoder")
+    row = _row("an image that ends its decoder's process, every 5 s, tiny", len(answers), seen)
+    outcome = f"{named} of {len(answers)} named by 422 `image_crashed_decoder`; others: {row.outcome}"
+    return [Row(row.fault, row.load, row.count, outcome, row.kept and named == len(answers) > 0)]
+
+
+def other_processes(seconds: float) -> list[Row]:
+    """The Serve controller and HAProxy."""
+    shown = pictures("tiny")
+    rows = []
+    with serve(config({"Ingress": 2, "ImageDecoder": 2}), "tiny") as served:
+        for name, what in (("ServeController", "the Serve controller"), ("haproxy", "HAProxy")):
+            killed = 0
+            with traffic(served.port, shown, CLIENTS) as seen:
+                time.sleep(3)
+                for pid in [pid for pid, title in served.processes().items() if title.startswith(name)]:
+                    print(f"{time.strftime('%T')} kill -9 {pid} ({name})", flush=True)
+                    os.kill(pid, signal.SIGKILL)
+                    killed += 1
+                time.sleep(seconds / 2)
+            rows.append(_row(f"`kill -9` of {what}, tiny", killed, seen))
+            served.until_ready()
+    return rows
+
+
+def leaving_clients(count: int = 500) -> list[Row]:
+    """Clients that go away in mid-upload, in the queue and in the forward pass; slow uploads; half-open connections."""
+    shown = pictures("tiny")
+    with serve(config({}), "tiny") as served:
+        with traffic(served.port, shown, 4):
+            time.sleep(5)
+        before = memory(served.pid)
+        with traffic(served.port, shown, 4) as seen:
+            slow = [threading.Thread(target=_slow_upload, args=(served.port, 20), daemon=True) for _ in range(16)]
+            for thread in slow:
+                thread.start()
+            half_open = [socket.create_connection(("127.0.0.1", served.port)) for _ in range(32)]
+            for number in range(count):
+                _leave(served.port, shown[number % len(shown)].body, ("upload", "queue", "work")[number % 3])
+            for thread in slow:
+                thread.join()
+            for connection in half_open:
+                connection.close()
+        with traffic(served.port, shown, 4):
+            time.sleep(5)
+        after = memory(served.pid)
+    grown = {name: after[name] - before[name] for name in after if after[name] - before.get(name, 0) > 50}
+    row = _row(
+        f"{count} clients that leave, 16 uploads of a byte a second, 32 half-open connections, tiny", count, seen
+    )
+    outcome = f"{row.outcome}; memory grew by {sum(after.values()) - sum(before.values()):+.0f} MB in all"
+    return [Row(row.fault, "4 clients, photographs", row.count, f"{outcome} {grown or ''}".strip(), row.kept)]
+
+
+def _leave(port: int, body: bytes, when: str) -> None:
+    connection = socket.create_connection(("127.0.0.1", port), timeout=30)
+    head = (
+        "POST /v1/embeddings/images HTTP/1.1\r\nHost: here\r\nContent-Type: application/octet-stream\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    with connection:
+        connection.sendall(head.encode())
+        connection.sendall(body[: len(body) // 2] if when == "upload" else body)
+        time.sleep({"upload": 0.0, "queue": 0.005, "work": 0.05}[when])
+
+
+def _slow_upload(port: int, seconds: float) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    connection.putrequest("POST", "/v1/embeddings/images")
+    connection.putheader("Content-Type", "application/octet-stream")
+    connection.putheader("Content-Length", "100000")
+    with suppress(OSError):
+        connection.endheaders()
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            connection.send(b"x")
+            time.sleep(1)
+    connection.close()
+
+
+def _row(fault: str, count: int, seen: Seen) -> Row:
+    print(f"{fault}: {count} times; {seen}", flush=True)
+    return Row(fault, f"{CLIENTS} clients, photographs", count, str(seen), count > 0 and seen.failed == 0)
+
+
+def measure(seconds: float) -> list[Row]:
+    """Every kind of fault, each for about so many seconds."""
+    full_size = data.checkpoint()
+    return [
+        *dying_replicas("tiny", "tiny", seconds),
+        *dying_replicas("full-size", full_size, seconds),
+        *crashing_image(seconds),
+        *other_processes(seconds),
+        *leaving_clients(),
+    ]

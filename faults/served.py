@@ -1,0 +1,94 @@
+"""A `clipfleet serve` of this checkout for as long as a block runs, its replicas by name, and nothing left afterwards."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.processes import below
+
+ROOT = Path(__file__).parents[1]
+START_S = 300
+DEMO = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
+
+
+def config(replicas: dict[str, int], **arguments: Any) -> dict[str, Any]:
+    """configs/demo.yaml with so many replicas of each deployment, and other `args`."""
+    changed = deepcopy(DEMO)
+    application = changed["applications"][0]
+    application["args"] |= arguments
+    for deployment in application["deployments"]:
+        deployment.pop("autoscaling_config", None)
+        deployment["num_replicas"] = replicas.get(deployment["name"], 1)
+    return changed
+
+
+@dataclass(frozen=True)
+class Served:
+    """A running service."""
+
+    port: int
+    pid: int
+
+    def replicas(self, deployment: str) -> list[int]:
+        """The process ids of a deployment's replicas."""
+        return [pid for pid, name in below(self.pid).items() if name == deployment]
+
+    def processes(self) -> dict[int, str]:
+        return below(self.pid)
+
+    def ready(self) -> bool:
+        """What /readyz says."""
+        with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{self.port}/readyz", timeout=10) as answer:
+            return answer.status == 200
+        return False
+
+    def until_ready(self, seconds: float = 120) -> None:
+        end = time.monotonic() + seconds
+        while not self.ready():
+            if time.monotonic() > end:
+                raise TimeoutError(f"/readyz was not 200 within {seconds:.0f} s")
+            time.sleep(0.2)
+
+
+@contextmanager
+def serve(settings: dict[str, Any], model: str | Path, port: int = 8470) -> Iterator[Served]:
+    """Serve `model` under a config file's content."""
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as log:
+        file = Path(folder, "config.yaml")
+        file.write_text(yaml.safe_dump(settings))
+        command = [sys.executable, "-m", "clipfleet.cli", "serve", file, "--model", model,
+                   "--port", port, "--metrics-port", port + 1]  # fmt: skip
+        process = subprocess.Popen([str(part) for part in command], cwd=ROOT, stdout=log, stderr=log)
+        served = Served(port, process.pid)
+        try:
+            end = time.monotonic() + START_S
+            while not served.ready():
+                if process.poll() is not None or time.monotonic() > end:
+                    log.seek(0)
+                    raise RuntimeError(f"the service did not start:\n{log.read().decode(errors='replace')[-3000:]}")
+                time.sleep(0.2)
+            yield served
+        finally:
+            left = served.processes()
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(120)
+            except subprocess.TimeoutExpired:
+                for pid in (process.pid, *left):
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                process.wait()
