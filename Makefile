@@ -63,5 +63,5 @@ check: setup
 	$(BIN)/pyright
 
 clean:
-	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* coverage.xml htmlcov
+	rm -rf $(VENV) build dist demo clipfleet/_resample.* *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* coverage.xml htmlcov
 	find . -path ./.git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

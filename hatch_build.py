@@ -1,12 +1,14 @@
-"""Compiles clipfleet/resample.c while a wheel is built or this tree is installed; without a compiler it is left out.
+"""Compiles clipfleet/resample.c while a wheel is built or this tree is installed, on x86-64 Linux with a C compiler.
 
-CC names the compiler (cc by default); CC="" leaves it out, which makes the wheel that runs on any platform.
+CC names the compiler (cc by default). CC="" leaves the library out, which makes the wheel that runs on any platform.
 """
 
 from __future__ import annotations
 
 import os
+import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -24,39 +26,44 @@ SOURCE, LIBRARY = "clipfleet/resample.c", "clipfleet/_resample.so"
 class CompileResample(BuildHookInterface):
     """Adds the compiled library to a wheel, or puts it into the tree of an editable install."""
 
+    _folder: str | None = None
+
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Called by hatchling before it builds; `version` is `editable` or `standard`."""
-        compiler = shlex.split(os.environ.get("CC", "cc"))
-        if self.target_name != "wheel" or not compiler or sys.platform != "linux":
+        if self.target_name != "wheel":
             return
-        tree = Path(self.root)
-        # Beside its place, then renamed: a running process keeps the library that it has.
-        home = tree / "clipfleet" if version == "editable" else None
-        made = Path(tempfile.mkdtemp(dir=home), "_resample.so")
-        try:
-            subprocess.run(
-                [*compiler, *FLAGS, "-o", str(made), str(tree / SOURCE), "-lm"],
-                check=True,
-                capture_output=True,
-                text=True,
-            )
-        except (OSError, subprocess.CalledProcessError) as error:
-            said = getattr(error, "stderr", None) or error
-            self.app.display_warning(f"{SOURCE} is left out, and Pillow resizes images more slowly: {said}")
-            made.parent.rmdir()
-            return
-        made.chmod(0o644)
+        in_tree = Path(self.root, LIBRARY)
         if version == "editable":
-            made.replace(tree / LIBRARY)
-            made.parent.rmdir()
+            in_tree.unlink(missing_ok=True)  # of another source, perhaps
+        made = self._compile()
+        if made is None:
+            return
+        if version == "editable":
+            # Renamed into its place: a process that has loaded another one keeps it.
+            shutil.copyfile(made, in_tree.with_suffix(".new"))
+            in_tree.with_suffix(".new").replace(in_tree)
             return
         build_data["force_include"][str(made)] = LIBRARY
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
-        self.temporary = made
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         """Called by hatchling after the wheel was written."""
-        if made := getattr(self, "temporary", None):
-            made.unlink()
-            made.parent.rmdir()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _compile(self) -> Path | None:
+        compiler = shlex.split(os.environ.get("CC", "cc"))
+        if not compiler or sys.platform != "linux" or platform.machine() != "x86_64":
+            return None
+        self._folder = tempfile.mkdtemp()
+        made = Path(self._folder, "_resample.so")
+        command = [*compiler, *FLAGS, "-o", str(made), str(Path(self.root, SOURCE)), "-lm"]
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            said = (getattr(error, "stderr", None) or str(error).encode()).decode(errors="replace")
+            self.app.display_warning(f"{SOURCE} is left out, so Pillow resizes the images, more slowly: {said}")
+            return None
+        made.chmod(0o644)
+        return made

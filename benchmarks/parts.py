@@ -13,15 +13,18 @@ from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from benchmarks import data
 from benchmarks.environments import environment
 from benchmarks.processes import cpu_seconds
-from benchmarks.programs import Spread
+from benchmarks.programs import Spread, ratio
 from benchmarks.report import Row
 from benchmarks.services import clipfleet
+from clipfleet.checkpoint import find_checkpoint
 from clipfleet.encoder import Encoder
 from clipfleet.load import image_request, run_load
+from clipfleet.resize import resize, target_size
 
 ENGINES = (("torch", "float32"), ("openvino", "float32"), ("openvino", "int8"))
 BATCHES = (1, 8, 16, 32)
@@ -31,7 +34,7 @@ REQUESTS = 192
 
 
 def measure(repetitions: int, notes: list[str]) -> list[Row]:
-    return [*_engines(repetitions, notes), *_decoders(), *_processes(notes)]
+    return [*_engines(repetitions, notes), *_resizing(repetitions), *_decoders(), *_processes(notes)]
 
 
 def _row(work: str, found: list[float], unit: str, against: str = "") -> Row:
@@ -79,6 +82,31 @@ def _rate(encoder: Encoder, pixels: np.ndarray) -> float:
         encoder.encode_pixels(pixels)
         images += len(pixels)
     return images / (time.perf_counter() - started)
+
+
+def _resizing(repetitions: int) -> list[Row]:
+    """Decoded photographs to 224 px: by Pillow, and by its compiled form."""
+    spec = find_checkpoint("tiny").pixels
+    images = [Image.open(path).convert("RGB") for path in data.files(data.photographs(data.LIBRARY_FILES))[:60]]
+    sizes = [target_size(*image.size, spec) for image in images]
+
+    def pillow() -> None:
+        for image, size in zip(images, sizes, strict=True):
+            image.resize(size, spec.resample)
+
+    def ours() -> None:
+        for image, size in zip(images, sizes, strict=True):
+            resize(image, size, spec, 64_000_000)
+
+    resize(images[0], sizes[0], spec, 64_000_000)  # loads it
+    took: dict[str, list[float]] = {"Pillow": [], "clipfleet": []}
+    for _ in range(repetitions):
+        for name, run in (("Pillow", pillow), ("clipfleet", ours)):
+            started = time.process_time()
+            run()
+            took[name].append((time.process_time() - started) * 1000 / len(images))
+    a, b = Spread.of(took["clipfleet"]), Spread.of(took["Pillow"])
+    return [Row("resize to 224 px, the same pixels", a, "ms of a core", "Pillow", b, ratio(b, a))]
 
 
 def _decoders() -> list[Row]:

@@ -1,4 +1,6 @@
-/* Pillow's resampling of 8-bit pixels, bit for bit, with the vector instructions that Pillow does without.
+/* Pillow's resampling of 8-bit pixels, bit for bit, with the vector instructions that Pillow does without. For x86-64.
+ *
+ * What is computed, in which order and how it is rounded is that of src/libImaging/Resample.c in Pillow (LICENSE.pillow).
  *
  * Pillow resizes in two passes, one for each axis. An output is a sum of 32-bit integers, coefficient times pixel, with
  * coefficients scaled by 2^22, rounded after each pass. The order of such a sum does not matter and it may wrap on its
@@ -13,12 +15,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-#if defined(__x86_64__)
 #include <immintrin.h>
-#endif
 
 enum { SCALE_BITS = 22, LOW_BITS = 12, HALF = 1 << (SCALE_BITS - 1) };
 enum { BLOCK = 8, ROWS = 4 }; /* what across_avx2 takes in one go: taps of a row, and rows */
+enum { WORTH_SPREADING = 32 }; /* rows for which spread() pays; its table is 4 times that of the weights */
 enum { STRIPE = 256 };        /* bytes of a row that down() adds up at a time */
 
 typedef struct {
@@ -103,8 +104,6 @@ static void across_plain(const uint8_t *source, size_t stride, int length, int r
         }
 }
 
-#if defined(__x86_64__)
-
 /* The coefficients as across_avx2 multiplies them. For each block of 8 taps: the low parts of taps (0 1 | 4 5) and of
  * (2 3 | 6 7), then the high parts, every pair four times, once for each byte of a pixel. NULL without memory. */
 static int16_t *spread(const weights *w, int count) {
@@ -159,13 +158,10 @@ __attribute__((target("avx2"))) static void across_avx2(const uint8_t *source, s
     }
 }
 
-#endif
-
 /* The pass along rows of `length` pixels: result is (rows, count) pixels. Returns 0 without memory. */
 static int across(const uint8_t *source, size_t stride, int length, int rows, const weights *w, int count, int plain,
                   uint8_t *result) {
     int done = 0;
-#if defined(__x86_64__)
     if (!plain && __builtin_cpu_supports("avx2")) {
         int furthest = length;
         for (int i = 0; i < count; i++)
@@ -173,7 +169,7 @@ static int across(const uint8_t *source, size_t stride, int length, int rows, co
         /* a block that reaches beyond its row must not reach beyond the last one */
         const size_t beyond = (size_t)(furthest - length) * 4;
         const int last = beyond ? (int)((beyond + stride - 1) / stride) : 0;
-        if (rows > last) done = (rows - last) / ROWS * ROWS;
+        if (rows - last >= WORTH_SPREADING) done = (rows - last) / ROWS * ROWS;
         if (done) {
             int16_t *kept = spread(w, count);
             if (!kept) return 0;
@@ -181,17 +177,15 @@ static int across(const uint8_t *source, size_t stride, int length, int rows, co
             free(kept);
         }
     }
-#endif
     across_plain(source + done * stride, stride, length, rows - done, w, count, result + (size_t)done * count * 4);
     return 1;
 }
 
-/* The pass down columns of `length` pixels: result is (count, bytes). Compilers make vector instructions of this one. */
-#if defined(__x86_64__) && defined(__gnu_linux__)
-__attribute__((target_clones("avx2", "default")))
-#endif
-static void down(const uint8_t *restrict source, size_t stride, int length, size_t bytes, const weights *w, int count,
-                 uint8_t *restrict result) {
+/* The pass down columns of `length` pixels: result is (count, bytes). Compilers make vector instructions of this one, of
+ * those that the function it is part of may use. */
+__attribute__((always_inline)) static inline void add_rows(const uint8_t *restrict source, size_t stride, int length,
+                                                           size_t bytes, const weights *w, int count,
+                                                           uint8_t *restrict result) {
     int32_t sums[STRIPE];
     for (int i = 0; i < count; i++) {
         const int32_t *kept = w->kept + (size_t)i * w->taps;
@@ -209,10 +203,23 @@ static void down(const uint8_t *restrict source, size_t stride, int length, size
     }
 }
 
+__attribute__((target("avx2"))) static void down_avx2(const uint8_t *source, size_t stride, int length, size_t bytes,
+                                                      const weights *w, int count, uint8_t *result) {
+    add_rows(source, stride, length, bytes, w, count, result);
+}
+
+static void down(const uint8_t *source, size_t stride, int length, size_t bytes, const weights *w, int count, int plain,
+                 uint8_t *result) {
+    if (!plain && __builtin_cpu_supports("avx2"))
+        down_avx2(source, stride, length, bytes, w, count, result);
+    else
+        add_rows(source, stride, length, bytes, w, count, result);
+}
+
 /* Resize `source` (height, width) to (new_height, new_width) and give the part of it that starts at (top, left) and has
  * the size (rows, columns), as 3 bytes a pixel. Only what that part needs is computed. `height_first` says which pass
  * is the first, `plain` does without vector instructions. Returns 1, or 0 without memory. */
-int clipfleet_resample(const uint8_t *source, int width, int height, int new_width, int new_height, int left, int top,
+int clipfleet_resample_1(const uint8_t *source, int width, int height, int new_width, int new_height, int left, int top,
                        int columns, int rows, int bicubic, int height_first, int plain, uint8_t *result) {
     weights x = {0}, y = {0};
     uint8_t *between = NULL, *small = malloc((size_t)rows * columns * 4);
@@ -229,11 +236,11 @@ int clipfleet_resample(const uint8_t *source, int width, int height, int new_wid
         const size_t tall = south - north, wide = east - west;
         between = malloc(height_first ? rows * wide * 4 : tall * columns * 4);
         if (between && height_first) {
-            down(source, stride, (int)tall, wide * 4, &y, rows, between);
+            down(source, stride, (int)tall, wide * 4, &y, rows, plain, between);
             done = across(between, wide * 4, (int)wide, rows, &x, columns, plain, small);
         } else if (between) {
             done = across(source, stride, (int)wide, (int)tall, &x, columns, plain, between);
-            down(between, (size_t)columns * 4, (int)tall, (size_t)columns * 4, &y, rows, small);
+            down(between, (size_t)columns * 4, (int)tall, (size_t)columns * 4, &y, rows, plain, small);
         }
         for (size_t i = 0; i < (size_t)rows * columns; i++) memcpy(result + i * 3, small + i * 4, 3);
     }

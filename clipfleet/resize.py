@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import numpy as np
 from PIL import Image
 
 from clipfleet.checkpoint import PixelSpec
 from clipfleet.errors import ImageCorrupt, ImageTooManyPixels
-from clipfleet.resample import resample
+from clipfleet.resample import height_first, resample
 
-# Up to this many pixels the resized image is made whole and then cut, as the reference does it.
+# Up to this many pixels Pillow may make the resized image whole, to be cut, as the reference does it.
 _WHOLE_PIXELS = 4_000_000
 
 
@@ -22,19 +20,20 @@ def resize(image: Image.Image, size: tuple[int, int], spec: PixelSpec, max_pixel
     axis; running them one after the other with the part that the crop drops cut between them gives the same bytes.
     """
     width, height = size
-    height_first = _height_first(image.size, size)
     (left, right), (top, bottom) = _kept(width, 0, spec.crop), _kept(height, 1, spec.crop)
     if width * height <= _WHOLE_PIXELS:
-        pixels = resample(image, size, (left, top, right, bottom), spec.resample, height_first)
+        pixels = resample(image, size, (left, top, right, bottom), spec.resample)
         if pixels is not None:
             return pixels
         return np.array(image.resize(size, spec.resample).crop((left, top, right, bottom)))
-    for axis in (1, 0) if height_first else (0, 1):
+    for axis in (1, 0) if height_first(image.size, size) else (0, 1):
         step = (width, image.height) if axis == 0 else (image.width, height)
         if step != image.size:
             check_pixels(*step, max_pixels, "an intermediate of resizing this narrow image")
             image = image.resize(step, spec.resample)
-        image = image.crop((left, 0, right, image.height) if axis == 0 else (0, top, image.width, bottom))
+        kept = (left, 0, right, image.height) if axis == 0 else (0, top, image.width, bottom)
+        if kept != (0, 0, *image.size):
+            image = image.crop(kept)
     return np.array(image)
 
 
@@ -43,22 +42,6 @@ def _kept(length: int, axis: int, crop: tuple[int, int] | None) -> tuple[int, in
     keep = length if crop is None else min(length, crop[1 - axis])
     start = (length - keep) // 2
     return start, start + keep
-
-
-def _height_first(size: tuple[int, int], target: tuple[int, int]) -> bool:
-    """Whether Pillow's resize of `size` to `target` (width, height) runs the pass over the height first."""
-    (width, height), (new_width, new_height) = size, target
-    return height > new_height and height - new_height > 2 * (width - new_width) and _pillow_reorders_passes()
-
-
-@cache
-def _pillow_reorders_passes() -> bool:
-    # Pillow 13 takes the height first where that shrinks the image more (the rule above was found by comparing
-    # 1,500 random sizes); older versions always take the width first. One picture tells which this is.
-    noise = np.random.default_rng(0).integers(0, 256, (96, 24), dtype=np.uint8)
-    image = Image.fromarray(noise)
-    width_first = image.resize((8, 96), 3).resize((8, 8), 3)
-    return image.resize((8, 8), 3).tobytes() != width_first.tobytes()
 
 
 def target_size(width: int, height: int, spec: PixelSpec) -> tuple[int, int]:

@@ -49,7 +49,7 @@ SERVE_HEADERS = (
     "serve_multiplexed_model_id", "serve-multiplexed-model-id",
 )  # fmt: skip
 
-# The client has this long to send the headers and the first tune.bufsize bytes of the body (4 MiB).
+# The client has this long to send the headers and the first tune.bufsize bytes of the body.
 HTTP_REQUEST_TIMEOUT = "60s"
 
 
@@ -94,7 +94,7 @@ def edit(config: str, folder: Path, host: str, port: str) -> str:
             rf"    tune.bufsize \1\n    tune.memory.hot-size {HOT_BYTES}",
         ),
         # HAProxy copies the whole buffer of every request, to be able to send it again: 0.7 ms for 4 MiB. One replica is not
-        # worth that, since there is none other to send it to.
+        # worth that, since there is none other to send it to; uploads over 1 MiB then reach it while they still arrive.
         *([(rf"^    tune\.bufsize {BUFFER_BYTES}$", f"    tune.bufsize {BUFFER_BYTES_ALONE}")] if alone else []),
         # A request is held until it is whole (or fills the buffer), so that one whose replica dies can be sent again, and
         # a slow upload does not hold a replica. Splicing passes bytes by the buffer, which leaves nothing to send again.

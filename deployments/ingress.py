@@ -61,11 +61,6 @@ class Ingress:
         self._limits = settings.limits
         self._admission = Admission(settings.limits)
         self._cache = VectorCache(settings.cache)
-        # What travels is plain data and numpy arrays: Ray's cloudpickle would only look at it in Python.
-        plain = {"request_serialization": "pickle", "response_serialization": "pickle"}
-        decoder, image_encoder, text_encoder = (
-            handle.options(**plain) for handle in (decoder, image_encoder, text_encoder)
-        )
         self._pipeline = Pipeline(decoder, image_encoder, text_encoder)
         self._handles = {"ImageDecoder": decoder, "ImageEncoder": image_encoder, "TextEncoder": text_encoder}
         self._health: Health | None = None

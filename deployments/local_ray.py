@@ -30,7 +30,7 @@ from clipfleet.errors import SettingsError, SetupError
 from clipfleet.settings import APPLICATION
 from deployments.guardian import start_guardian
 from deployments.haproxy_wrapper import haproxy_binary, haproxy_environment
-from deployments.imports import hidden, hide
+from deployments.imports import import_serve
 from deployments.private_ray import (
     LOOPBACK,
     init,
@@ -45,6 +45,7 @@ from deployments.private_ray import (
 # An instance takes one block of 100. They lie below the kernel's range for outgoing connections.
 PORTS = range(20000, 32000, 100)
 UNPLACED_S = 60  # a replica that no node has room for is waited for this long
+PROXIES_S = 60  # for Serve's proxies to start
 DRAIN_S = 40  # at a stop, requests in flight have this long to finish: their deadline, and some
 
 
@@ -126,13 +127,13 @@ def prepare_environment(host: str, port: int, block: int, folder: Path) -> None:
 
 
 def prepare_worker() -> None:
-    """Runs in every worker before it imports Serve, which takes pandas along where there is one: 0.3 s of a core."""
+    """Runs in every worker first of all."""
     import ray._common.tls_utils as tls
 
     # Serve's replicas take each other's pickled calls on all interfaces, which is fixed in its code.
     add_port = tls.add_port_to_grpc_server
     tls.add_port_to_grpc_server = lambda server, address: add_port(server, address.replace("[::]", LOOPBACK))
-    hide("pandas")
+    import_serve()
 
 
 def _schema(config: dict[str, Any]) -> Any:
@@ -162,30 +163,32 @@ def _refuse_unknown(values: Any, kind: Any, where: str) -> None:
         )
 
 
-def _deploy(schema: Any, options: dict[str, Any], host: str, port: int) -> Any:
+def _deploy(schema: Any, options: dict[str, Any], host: str, port: int) -> tuple[Any, list[Any]]:
+    """Ask Serve for the application. Returns its client, and what tells that its proxies run."""
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     behind_haproxy = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
     options = {**options, "host": LOOPBACK if behind_haproxy else host, "port": port}
-    client = _start_serve(options, schema.logging_config)
+    client, proxies = _start_serve(options, schema.logging_config)
     client.deploy_apps(_with_others(client, schema))
-    return client
+    return client, proxies
 
 
-def _start_serve(options: dict[str, Any], logging_config: Any) -> Any:
-    """A client of the Serve that runs, or of a new one, as serve_start, but without its wait for the proxies: the
-    application is built meanwhile, which is 2 s of a start."""
+def _start_serve(options: dict[str, Any], logging_config: Any) -> tuple[Any, list[Any]]:
+    """As serve_start, but without its wait for the proxies: the application is built meanwhile, which is 2 s of a start."""
     from ray.serve._private import api
     from ray.serve._private.client import ServeControllerClient
     from ray.serve.exceptions import RayServeException
 
     with suppress(RayServeException):
-        return api._get_global_client()
-    controller, _ = api._create_controller_and_proxy_refs(
+        client = api._get_global_client()
+        api._check_http_options(client, options)  # of a Serve that runs already; it warns
+        return client, []
+    controller, proxies = api._create_controller_and_proxy_refs(
         options, None, logging_config, None, api._coerce_controller_options(None), "HeadOnly"
     )
     client = ServeControllerClient(controller)
     api._set_global_client(client)
-    return client
+    return client, proxies
 
 
 def _with_others(client: Any, schema: Any) -> Any:
@@ -215,7 +218,7 @@ def cause(message: str) -> str:
     return re.sub(r"^clipfleet\.errors\.\w+: ", "", text)
 
 
-def _wait_until_running(client: Any, name: str) -> None:
+def _wait_until_running(client: Any, proxies: list[Any], name: str) -> None:
     unplaced_since: float | None = None
     while (status := client.get_serve_status(name)).app_status.status != "RUNNING":
         for deployment in status.deployment_statuses:
@@ -229,7 +232,18 @@ def _wait_until_running(client: Any, name: str) -> None:
         if unplaced_since and time.monotonic() - unplaced_since > UNPLACED_S - 30:
             raise SetupError(_no_room(waiting[0].name, waiting[0].message))
         time.sleep(0.2)
-    client.wait_for_proxies_serving()
+    _wait_for_proxies(client, proxies)
+
+
+def _wait_for_proxies(client: Any, proxies: list[Any]) -> None:
+    import ray
+    from ray.exceptions import RayError
+
+    try:
+        ray.get(proxies, timeout=PROXIES_S)
+        client.wait_for_proxies_serving()
+    except (RayError, TimeoutError) as error:  # such as a port that is taken
+        raise SetupError(f"Serve's proxy did not start: {cause(str(error))}") from None
 
 
 def _no_room(deployment: str, message: str) -> str:
@@ -323,11 +337,11 @@ def local_service(
     _listen_to_signals()
     if not address:
         # One line a request, in a file that goes with the command: 3% of an ingress's time.
-        config = {"logging_config": {"enable_access_log": False}, **config}
+        config = {**config, "logging_config": {"enable_access_log": False, **(config.get("logging_config") or {})}}
     with _connected(address) if address else _own_ray(config, host, port, metrics_port):
         schema = _schema(config)  # before the try: what was never deployed must not take off what runs there
         try:
-            _wait_until_running(_deploy(schema, config.get("http_options") or {}, host, port), name)
+            _wait_until_running(*_deploy(schema, config.get("http_options") or {}, host, port), name)
             yield service
         finally:
             _stop(name, stays=bool(address))
@@ -353,8 +367,8 @@ def _own_ray(config: dict[str, Any], host: str, port: int, metrics_port: int) ->
     guardian = start_guardian(folder)
     try:
         prepare_environment(host, port, block, folder)
-        with hidden("pandas"):
-            _schema(config)  # a mistake shows before Ray starts
+        import_serve()
+        _schema(config)  # a mistake shows before Ray starts
         start_ray(
             folder,
             namespace="serve",

@@ -94,21 +94,32 @@ def start_ray(folder: Path, **options: Any) -> None:
             super().__init__(*arguments, **{**options, "start_new_session": True})
 
     services.ConsolePopen = Apart
-    # Three processes that a Ray of one machine without a dashboard has no use for: together 2 s of its start and 170 MB.
-    for start in ("start_monitor", "start_log_monitor", "start_api_server"):
-        setattr(ray._private.node.Node, start, lambda *_, **__: None)
     # Ray prints its own words about failed tasks and placement to our terminal, whatever log_to_driver says.
     ray._private.worker.print_to_stdstream = lambda *_, **__: None
-    init(
-        address="local",  # without it Ray would join the last cluster that this machine started
-        include_dashboard=False,
-        configure_logging=False,
-        log_to_driver=False,
-        object_store_memory=OBJECT_STORE_BYTES,
-        _node_ip_address=LOOPBACK,
-        _temp_dir=str(folder),
-        **options,
-    )
+    with _without_spares(ray._private.node.Node):
+        init(
+            address="local",  # without it Ray would join the last cluster that this machine started
+            include_dashboard=False,
+            configure_logging=False,
+            log_to_driver=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _node_ip_address=LOOPBACK,
+            _temp_dir=str(folder),
+            **options,
+        )
+
+
+@contextmanager
+def _without_spares(node: Any) -> Iterator[None]:
+    """Three processes that a Ray of one machine without a dashboard has no use for: 2 s of its start, and 170 MB."""
+    spares = {name: getattr(node, name) for name in ("start_monitor", "start_log_monitor", "start_api_server")}
+    for name in spares:
+        setattr(node, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        for name, start in spares.items():
+            setattr(node, name, start)
 
 
 def is_lost() -> bool:

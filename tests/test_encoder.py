@@ -293,6 +293,17 @@ def test_sharded_weights_load(tmp_path: Path, encoders: dict[str, Encoder]) -> N
     assert sharded.logit_scale == encoders["tiny"].logit_scale
 
 
+def test_weights_in_bfloat16_load(tmp_path: Path, encoders: dict[str, Encoder]) -> None:
+    from transformers import CLIPModel
+
+    folder = copy_tiny(tmp_path / "bfloat16")
+    CLIPModel.from_pretrained(TINY).bfloat16().save_pretrained(folder)
+    encoder = Encoder(str(folder), "cpu", engine="torch")
+    cosines = (encoder.encode_texts(TEXTS).vectors * encoders["tiny"].encode_texts(TEXTS).vectors).sum(1)
+    assert cosines.min() > 0.999
+    assert encoder.logit_scale == pytest.approx(encoders["tiny"].logit_scale, rel=0.02)
+
+
 def test_other_seeds_give_other_vectors(tmp_path: Path, encoders: dict[str, Encoder]) -> None:
     other = Encoder(str(make_siglip(tmp_path / "siglip", seed=1)), "cpu")
     ours, theirs = (each.encode_texts(["a red circle"]).vectors for each in (encoders["siglip"], other))
