@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import faulthandler
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -155,7 +154,7 @@ class Batcher:
 
     def _watched(self, items: list[Any]) -> Sequence[Any]:
         # Its watching thread needs neither the event loop nor the interpreter's lock, and says on stderr where it hung.
-        faulthandler.dump_traceback_later(self._patience_s, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(self._patience_s, exit=True, file=2)
         try:
             return self._forward(items)
         finally:

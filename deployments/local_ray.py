@@ -180,7 +180,7 @@ def _start_serve(options: dict[str, Any], logging_config: Any) -> tuple[Any, lis
     from ray.serve.exceptions import RayServeException
 
     with suppress(RayServeException):
-        client = api._get_global_client()
+        client: Any = api._get_global_client()
         api._check_http_options(client, options)  # of a Serve that runs already; it warns
         return client, []
     controller, proxies = api._create_controller_and_proxy_refs(
