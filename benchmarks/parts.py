@@ -46,7 +46,7 @@ def _engines(repetitions: int, notes: list[str]) -> list[Row]:
     pixels = np.random.default_rng(0).integers(0, 256, (max(BATCHES), 224, 224, 3), np.uint8)
     for engine, precision in ENGINES:
         for threads in (1, 2):
-            encoder = Encoder(data.checkpoint(), "cpu", precision, ("image",), engine=engine, threads=threads)
+            encoder = Encoder(str(data.checkpoint()), "cpu", precision, ("image",), engine=engine, threads=threads)
             for size in BATCHES if threads == 2 else BATCHES[1:2]:
                 rates = [_rate(encoder, pixels[:size]) for _ in range(repetitions)]
                 rows.append(_row(f"{engine} {precision}, {threads} threads, batch {size}", rates, "images/s"))
@@ -58,7 +58,7 @@ def _compiled(repetitions: int, pixels: np.ndarray, notes: list[str]) -> list[Ro
     """torch.compile, which needs a C++ compiler."""
     import torch
 
-    encoder = Encoder(data.checkpoint(), "cpu", "float32", ("image",), engine="torch", threads=2)
+    encoder = Encoder(str(data.checkpoint()), "cpu", "float32", ("image",), engine="torch", threads=2)
     tower = encoder._models["image"]
     tower.module = torch.compile(tower.module, dynamic=False)
     try:
