@@ -31,6 +31,7 @@ ANSWERS = {
     400: ("400 Bad Request", "invalid_request", "the request is not well-formed HTTP, or its headers are too long"),
     404: ("404 Not Found", "route_not_found", "there is no such route; /docs lists them"),
     408: ("408 Request Timeout", "invalid_request", "the request did not arrive in time"),
+    429: ("429 Too Many Requests", "overloaded", "the service has as many requests as it can hold; try again"),
     500: ("503 Service Unavailable", "unavailable", "the service cannot answer now; try again"),
     502: ("503 Service Unavailable", "unavailable", "the service cannot answer now; try again"),
     503: ("503 Service Unavailable", "unavailable", "the service cannot answer now; try again"),
@@ -39,6 +40,7 @@ ANSWERS = {
 TYPES = {
     "route_not_found": "not_found_error",
     "invalid_request": "invalid_request_error",
+    "overloaded": "rate_limit_error",
     "unavailable": "server_error",
     "deadline_exceeded": "server_error",
 }
@@ -49,6 +51,8 @@ SERVE_HEADERS = (
     "serve_multiplexed_model_id", "serve-multiplexed-model-id",
 )  # fmt: skip
 
+HEALTH_PATHS = ("/healthz", "/readyz")
+
 # The client has this long to send the headers and the first tune.bufsize bytes of the body.
 HTTP_REQUEST_TIMEOUT = "60s"
 
@@ -58,9 +62,10 @@ def answer(status: int) -> str:
     line, code, message = ANSWERS[status]
     error = {"message": message, "type": TYPES[code], "code": code, "param": None}
     body = json.dumps({"error": error})
-    retry = "Retry-After: 1\r\n" if line.startswith(("503", "504")) else ""
+    retry = "Retry-After: 1\r\n" if line.startswith(("429", "503", "504")) else ""
+    end = "" if line.startswith("429") else "Connection: close\r\n"
     head = f"HTTP/1.1 {line}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n{retry}"
-    return f"{head}Cache-Control: no-cache\r\nConnection: close\r\n\r\n{body}"
+    return f"{head}Cache-Control: no-cache\r\n{end}\r\n{body}"
 
 
 def write_answers(folder: Path) -> None:
@@ -80,13 +85,26 @@ def _frontend(host: str, port: str) -> str:
     return "\n".join([f"    bind {public_bind(host, port)}", *dropped, ""])
 
 
+def _refusal(config: str, folder: Path) -> str:
+    """The rule that refuses requests when too many are in the replicas. The group 1 that it refers to is a backend's name."""
+    connections = re.search(r"^    maxconn (\d+)$", config, re.MULTILINE)
+    most = int(connections[1]) * 3 // 4 if connections else 1024
+    health = " ".join(HEALTH_PATHS)
+    file = folder / "429.http"
+    return f"    http-request return status 429 errorfile {file} if {{ be_conn(\\1) ge {most} }} !{{ path {health} }}"
+
+
 def edit(config: str, folder: Path, host: str, port: str) -> str:
     """Serve's generated configuration with our changes. Editing a file that was edited already changes nothing."""
-    errors = "\n".join(f"    errorfile {status} {folder / f'{status}.http'}" for status in ANSWERS if status != 404)
+    errors = "\n".join(f"    errorfile {status} {folder / f'{status}.http'}" for status in ANSWERS if status not in (404, 429))
     not_found = f"    http-request return status 404 errorfile {folder / '404.http'}"
     alone = len(re.findall(r"^    server (?!.* backup$)", config, re.MULTILINE)) <= 1
     unavailable = f"    http-request return status 503 errorfile {folder / '503.http'}"
     rules = [
+        # With every connection in use, others would wait in the kernel for one to end. A quarter is kept for those that are
+        # told at once that there are too many.
+        (r"^    http-request return status 429 .*\n", ""),
+        (r"^    use_backend (\S+) if ", rf"{_refusal(config, folder)}\n\g<0>"),
         # Each thread keeps this much of freed buffers at hand; by default less than one buffer, which it would get from the
         # system and give back for every request.
         (

@@ -1,4 +1,4 @@
-"""How HAProxy's generated file is edited: a request is kept to be sent again where there is another replica to send it to."""
+"""How HAProxy's generated file is edited."""
 
 from __future__ import annotations
 
@@ -19,4 +19,14 @@ def test_the_buffer_by_the_number_of_ingress_replicas(replicas: int, kept: int, 
     edited = edit(generated, tmp_path, "127.0.0.1", "8000")
     assert f"    tune.bufsize {kept}\n" in edited
     assert "backup" not in edited
+    assert edit(edited, tmp_path, "127.0.0.1", "8000") == edited
+
+
+def test_requests_are_refused_before_connections_run_out(tmp_path: Path) -> None:
+    generated = "global\n    maxconn 400\nfrontend http_frontend\n    use_backend http-clipfleet if is_http-clipfleet\n"
+    edited = edit(generated, tmp_path, "127.0.0.1", "8000")
+    rule, use = edited.splitlines()[-2:]
+    assert rule.startswith(f"    http-request return status 429 errorfile {tmp_path}/429.http if")
+    assert "{ be_conn(http-clipfleet) ge 300 } !{ path /healthz /readyz }" in rule
+    assert use == "    use_backend http-clipfleet if is_http-clipfleet"
     assert edit(edited, tmp_path, "127.0.0.1", "8000") == edited
