@@ -13,7 +13,7 @@ SUITABLE := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup demo test check bench chaos fuzz clean
 
 help:
 	@echo 'make setup   make .venv and install the pinned versions and this tree (editable)'
@@ -21,6 +21,8 @@ help:
 	@echo 'make test    set up, then run every test'
 	@echo 'make check   set up, then lint, formatting and types'
 	@echo 'make bench   set up, then measure against the alternatives (an hour; ARGS=library for a part)'
+	@echo 'make chaos   set up, then kill, hang and overload what is served, under load (half an hour)'
+	@echo 'make fuzz    set up, then send damaged files through the decoder and over HTTP (ARGS="--seed 7")'
 	@echo 'make clean   remove .venv and all that builds, tests and the demo wrote'
 
 setup: $(STAMP)
@@ -50,6 +52,13 @@ $(STAMP): pyproject.toml constraints.txt hatch_build.py clipfleet/resample.c
 
 bench: setup
 	@$(BIN)/python -m benchmarks $(ARGS)
+
+chaos: setup
+	@$(BIN)/python -m faults chaos $(ARGS)
+	@$(BIN)/python -m faults overload $(ARGS)
+
+fuzz: setup
+	@$(BIN)/python -m faults fuzz $(ARGS)
 
 demo: setup
 	@$(BIN)/python scripts/demo.py

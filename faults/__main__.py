@@ -1,4 +1,4 @@
-"""Cause faults and print one row a promise: `python -m faults chaos | fuzz [--seconds S] [--files N] [--seed K]`.
+"""Cause faults and print one row a promise: `python -m faults chaos | overload | fuzz [--seconds S] [--files N] [--seed K]`.
 
 Status 1 where a promise was broken.
 """
@@ -9,13 +9,13 @@ import argparse
 import random
 import sys
 
-from faults import chaos, fuzz
+from faults import chaos, fuzz, overload
 from faults.report import table
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=("chaos", "fuzz"))
+    parser.add_argument("kind", choices=("chaos", "overload", "fuzz"))
     parser.add_argument("--seconds", type=float, default=60, help="of each fault (default 60)")
     parser.add_argument("--files", type=int, default=20_000, help="through the decoder; a quarter as many over HTTP")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
@@ -24,6 +24,8 @@ def main() -> None:
     print(f"seed {arguments.seed}", flush=True)
     if arguments.kind == "chaos":
         rows = chaos.measure(arguments.seconds)
+    elif arguments.kind == "overload":
+        rows = overload.measure(arguments.seconds)
     else:
         rows = fuzz.measure(arguments.files, arguments.files // 4, arguments.seed)
     print(f"\n{table(rows)}")

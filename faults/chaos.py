@@ -10,10 +10,13 @@ import os
 import random
 import signal
 import socket
+import tempfile
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +30,8 @@ from faults.served import ROOT, Served, config, serve
 from faults.traffic import Picture, Seen, post, traffic
 
 CLIENTS = 16
-CRASHING = b"clipfleet: end this process"  # crash/sitecustomize.py
+CRASHING = b"clipfleet: end this process"  # injected/sitecustomize.py
+FORWARD_S = 4
 
 
 def pictures(model: str | Path, count: int = 96) -> list[Picture]:
@@ -68,27 +72,77 @@ def dying_replicas(model: str, folder: str | Path, seconds: float) -> list[Row]:
     return rows
 
 
+@contextmanager
+def injected() -> Iterator[Path]:
+    """Services that are started in the block have the faults of injected/sitecustomize.py; yields their folder of flags."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ |= {"PYTHONPATH": str(ROOT / "faults" / "injected"), "FAULTS": folder}
+        try:
+            yield Path(folder)
+        finally:
+            del os.environ["PYTHONPATH"], os.environ["FAULTS"]
+
+
 def crashing_image(seconds: float) -> list[Row]:
     """An image that ends whichever process decodes it, beside good ones that share its decoder."""
     shown = pictures("tiny")
     jpeg = io.BytesIO()
     Image.fromarray(np.full((300, 400, 3), 90, np.uint8)).save(jpeg, "JPEG", comment=CRASHING)
-    os.environ["PYTHONPATH"] = str(ROOT / "faults" / "crash")
     answers: list[str] = []
-    try:
-        with serve(config({"ImageDecoder": 2}), "tiny") as served, traffic(served.port, shown, CLIENTS) as seen:
-            end = time.monotonic() + seconds
-            while time.monotonic() < end:
-                status, body = post(served.port, jpeg.getvalue())
-                answers.append(f"{status} {json.loads(body)['error']['code']}")
-                print(f"{time.strftime('%T')} the crashing image got {answers[-1]}", flush=True)
-                time.sleep(5)
-    finally:
-        del os.environ["PYTHONPATH"]
+    with injected(), serve(config({"ImageDecoder": 2}), "tiny") as served, traffic(served.port, shown, CLIENTS) as seen:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            status, body = post(served.port, jpeg.getvalue())
+            answers.append(f"{status} {json.loads(body)['error']['code']}")
+            print(f"{time.strftime('%T')} the crashing image got {answers[-1]}", flush=True)
+            time.sleep(5)
     named = answers.count("422 image_crashed_decoder")
     row = _row("an image that ends its decoder's process, every 5 s, tiny", len(answers), seen)
     outcome = f"{named} of {len(answers)} named by 422 `image_crashed_decoder`; others: {row.outcome}"
     return [Row(row.fault, row.load, row.count, outcome, row.kept and named == len(answers) > 0)]
+
+
+def failing_model(seconds: float) -> list[Row]:
+    """Forward passes that hang, and some that raise; then a replica that stands still."""
+    shown = pictures("tiny")
+    rows = []
+    with injected() as flags, serve(config({"ImageEncoder": 2}, limits={"forward_s": FORWARD_S}), "tiny") as served:
+        for fault, pause in (("hang", 15.0), ("raise", 3.0)):
+            done = 0
+            with traffic(served.port, shown, CLIENTS) as seen:
+                end = time.monotonic() + seconds
+                while time.monotonic() < end:
+                    (flags / fault).touch()
+                    time.sleep(pause)
+                    done += not (flags / fault).exists()
+                    print(f"{time.strftime('%T')} {fault}: {done} done", flush=True)
+            row = _row(f"a forward pass that {fault}s, tiny", done, seen)
+            if fault == "raise":  # the batch gets 503 and is told to try again; nobody else may notice
+                row = replace(row, kept=done > 0 and not seen.wrong and set(seen.failures) <= {"status 503"})
+            rows.append(row)
+            served.until_ready()
+        rows.append(_standing_still(served, shown))
+    return rows
+
+
+def _standing_still(served: Served, shown: Sequence[Picture]) -> Row:
+    """SIGSTOP: the process lives, and answers nothing. What it held fails at its deadline; it is replaced."""
+    (victim, _) = served.replicas("ImageEncoder")
+    with traffic(served.port, shown, CLIENTS) as seen:
+        time.sleep(3)
+        os.kill(victim, signal.SIGSTOP)
+        stopped = time.monotonic()
+        print(f"{time.strftime('%T')} SIGSTOP {victim} (ImageEncoder)", flush=True)
+        while victim in served.replicas("ImageEncoder") and time.monotonic() - stopped < 180:
+            time.sleep(0.5)
+        replaced_s = time.monotonic() - stopped
+        time.sleep(10)
+        after = Counter(seen.failures)
+        time.sleep(20)
+    served.until_ready()
+    row = _row("SIGSTOP of an ImageEncoder, tiny", 1, seen)
+    kept = not seen.wrong and set(seen.failures) <= {"status 504"} and seen.failures == after and replaced_s < 120
+    return replace(row, outcome=f"{row.outcome}; replaced after {replaced_s:.0f} s", kept=kept)
 
 
 def other_processes(seconds: float) -> list[Row]:
@@ -177,6 +231,7 @@ def measure(seconds: float) -> list[Row]:
         *dying_replicas("tiny", "tiny", seconds),
         *dying_replicas("full-size", full_size, seconds),
         *crashing_image(seconds),
+        *failing_model(seconds),
         *other_processes(seconds),
         *leaving_clients(),
     ]

@@ -1,0 +1,118 @@
+"""More requests than the service can answer, at a fixed rate whatever comes back: what is refused, how soon, and what it costs."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from benchmarks import data
+from benchmarks.processes import memory
+from faults.chaos import pictures
+from faults.report import Row
+from faults.served import Served, config, serve
+from faults.traffic import Picture, traffic
+
+FACTORS = (0.5, 1, 2, 5, 10)
+DEADLINE_S = 30
+REFUSED_S = 0.25
+WARM_S = 15
+
+
+@dataclass
+class Offered:
+    """What came of one rate."""
+
+    factor: float
+    rate: float
+    seconds: float
+    accepted: list[float] = field(default_factory=list)  # seconds that each took
+    refused: list[float] = field(default_factory=list)
+    others: Counter[str] = field(default_factory=Counter)
+    without_advice: int = 0  # refusals that lack Retry-After
+    megabytes: float = 0.0
+
+    def __str__(self) -> str:
+        others = f", {dict(self.others)}" if self.others else ""
+        return (
+            f"{self.factor:g} x capacity ({self.rate:.0f}/s): accepted {len(self.accepted) / self.seconds:.1f}/s, "
+            f"p99 {_p99(self.accepted):.1f} s; refused {len(self.refused)}, p99 {_p99(self.refused) * 1000:.0f} ms"
+            f"{others}; {self.megabytes:.0f} MB"
+        )
+
+
+def _p99(seconds: Sequence[float]) -> float:
+    return float(np.percentile(seconds, 99)) if seconds else 0.0
+
+
+async def _one(port: int, body: bytes, found: Offered) -> None:
+    began = time.monotonic()
+    head = (
+        "POST /v1/embeddings/images HTTP/1.1\r\nHost: here\r\nAccept: application/x-npy\r\nConnection: close\r\n"
+        f"Content-Type: application/octet-stream\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    try:
+        async with asyncio.timeout(3 * DEADLINE_S):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            try:
+                writer.write(head.encode() + body)
+                await writer.drain()
+                answer = await reader.read()
+            finally:
+                writer.close()
+    except (OSError, TimeoutError) as error:
+        found.others[type(error).__name__] += 1
+        return
+    took = time.monotonic() - began
+    status = answer.split(b" ", 2)[1] if answer.startswith(b"HTTP/") else b"none"
+    if status == b"200":
+        found.accepted.append(took)
+    elif status == b"429":
+        found.refused.append(took)
+        found.without_advice += b"retry-after:" not in answer.partition(b"\r\n\r\n")[0].lower()
+    else:
+        found.others[status.decode()] += 1
+
+
+async def _offer(served: Served, shown: Sequence[Picture], factor: float, rate: float, seconds: float) -> Offered:
+    found = Offered(factor, rate, seconds)
+    tasks = set()
+    began = time.monotonic()
+    for number, picture in enumerate(itertools.cycle(shown)):
+        due = began + number / rate
+        if due > began + seconds:
+            break
+        await asyncio.sleep(max(0.0, due - time.monotonic()))
+        task = asyncio.create_task(_one(served.port, picture.body, found))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+    found.megabytes = sum((await asyncio.to_thread(memory, served.pid)).values())
+    await asyncio.gather(*tasks)
+    return found
+
+
+def measure(seconds: float) -> list[Row]:
+    checkpoint = data.checkpoint()
+    shown = pictures(checkpoint, 48)
+    with serve(config({}), checkpoint) as served:
+        with traffic(served.port, shown) as seen:
+            time.sleep(WARM_S)
+        capacity = seen.answered / WARM_S
+        found = []
+        for factor in FACTORS:
+            found.append(asyncio.run(_offer(served, shown, factor, factor * capacity, seconds)))
+            print(found[-1], flush=True)
+        served.until_ready()
+    best = max(len(each.accepted) for each in found) / seconds
+    rows = []
+    for each in found:
+        late = sum(took > DEADLINE_S for took in each.accepted)
+        kept = not each.others and not late and not each.without_advice
+        kept = kept and (each.factor <= 1 or len(each.accepted) / seconds >= 0.9 * best)
+        rows.append(Row(f"{each.factor:g} times the capacity", f"{each.rate:.0f} requests/s", 1, str(each), kept))
+    return rows
