@@ -13,7 +13,7 @@ SUITABLE := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test check bench chaos fuzz clean
+.PHONY: help setup demo test check bench chaos fuzz soak clean
 
 help:
 	@echo 'make setup   make .venv and install the pinned versions and this tree (editable)'
@@ -23,6 +23,7 @@ help:
 	@echo 'make bench   set up, then measure against the alternatives (an hour; ARGS=library for a part)'
 	@echo 'make chaos   set up, then kill, hang and overload what is served, under load (half an hour)'
 	@echo 'make fuzz    set up, then send damaged files through the decoder and over HTTP (ARGS="--seed 7")'
+	@echo 'make soak    set up, then half an hour of mixed load: nothing may grow'
 	@echo 'make clean   remove .venv and all that builds, tests and the demo wrote'
 
 setup: $(STAMP)
@@ -59,6 +60,9 @@ chaos: setup
 
 fuzz: setup
 	@$(BIN)/python -m faults fuzz $(ARGS)
+
+soak: setup
+	@$(BIN)/python -m faults soak --seconds 1800 $(ARGS)
 
 demo: setup
 	@$(BIN)/python scripts/demo.py

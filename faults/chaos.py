@@ -177,7 +177,7 @@ def leaving_clients(count: int = 500) -> list[Row]:
                 thread.start()
             half_open = [socket.create_connection(("127.0.0.1", served.port)) for _ in range(32)]
             for number in range(count):
-                _leave(served.port, shown[number % len(shown)].body, ("upload", "queue", "work")[number % 3])
+                leave(served.port, shown[number % len(shown)].body, ("upload", "queue", "work")[number % 3])
             for thread in slow:
                 thread.join()
             for connection in half_open:
@@ -193,7 +193,8 @@ def leaving_clients(count: int = 500) -> list[Row]:
     return [Row(row.fault, "4 clients, photographs", row.count, f"{outcome} {grown or ''}".strip(), row.kept)]
 
 
-def _leave(port: int, body: bytes, when: str) -> None:
+def leave(port: int, body: bytes, when: str) -> None:
+    """Send an image and go away: in mid-upload, in the queue, or while it is worked on."""
     connection = socket.create_connection(("127.0.0.1", port), timeout=30)
     head = (
         "POST /v1/embeddings/images HTTP/1.1\r\nHost: here\r\nContent-Type: application/octet-stream\r\n"

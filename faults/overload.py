@@ -1,4 +1,4 @@
-"""More requests than the service can answer, at a fixed rate whatever comes back: what is refused, how soon, and what it costs."""
+"""More requests than the service can answer, at a rate that does not wait for answers: what is refused, and how soon."""
 
 from __future__ import annotations
 

@@ -1,0 +1,119 @@
+"""Mixed load for half an hour: texts, single images, lists, broken ones and clients that leave. Nothing may grow."""
+
+from __future__ import annotations
+
+import http.client
+import itertools
+import json
+import os
+import random
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.processes import below
+from clipfleet.load import image_request, json_request
+from faults.chaos import leave, pictures
+from faults.mutate import mutants
+from faults.report import Row
+from faults.served import config, serve
+
+WARM_UP = 0.25  # of the time: caches fill and pools grow
+EVERY_S = 5.0
+SLOPE_MB_H = 20.0  # what a process may grow an hour within the noise of its measurement
+CLIENTS = 8
+
+
+def measure(seconds: float, seed: int) -> list[Row]:
+    shown = [picture.body for picture in pictures("tiny", 32)]
+    seen: Counter[str] = Counter()
+    stop = threading.Event()
+    with serve(config({}), "tiny") as served:
+        clients = [
+            threading.Thread(target=_client, args=(served.port, shown, seed + number, seen, stop), daemon=True)
+            for number in range(CLIENTS)
+        ]
+        for client in clients:
+            client.start()
+        samples = _watch(served.pid, seconds)
+        stop.set()
+        for client in clients:
+            client.join()
+        alive = served.ready()
+    bad = {what: count for what, count in seen.items() if what.startswith(("5", "error"))}
+    answered = ", ".join(f"{what} {count}" for what, count in seen.most_common())
+    rows = [Row(f"mixed load for {seconds / 60:.0f} minutes", f"{CLIENTS} clients", 1, answered, alive and not bad)]
+    for what, unit, most in (("memory", "MB", SLOPE_MB_H), ("descriptors", "", 5.0), ("threads", "", 2.0)):
+        rows.append(_trend(samples, what, unit, most))
+    return rows
+
+
+def _client(port: int, shown: Sequence[bytes], seed: int, seen: Counter[str], stop: threading.Event) -> None:
+    rng, broken, number = random.Random(seed), mutants(seed), itertools.count(seed * 10**6)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+
+    def ask(request: object) -> None:
+        connection.request("POST", request.path, request.body, request.headers)  # type: ignore[attr-defined]
+        answer = connection.getresponse()
+        answer.read()
+        seen[str(answer.status)] += 1
+
+    kinds: tuple[Callable[[], object], ...] = (
+        lambda: ask(json_request(texts=[f"a picture of thing number {next(number)}"])),
+        lambda: ask(image_request([rng.choice(shown)])),
+        lambda: ask(json_request(texts=[f"one of many, {next(number)}" for _ in range(64)])),
+        lambda: ask(image_request(rng.choices(shown, k=8))),
+        lambda: ask(image_request([next(broken)])),
+        lambda: leave(port, rng.choice(shown), rng.choice(("upload", "queue", "work"))),
+    )
+    while not stop.is_set():
+        try:
+            rng.choice(kinds)()
+        except (OSError, http.client.HTTPException) as error:
+            seen[f"error {type(error).__name__}"] += 1
+            connection.close()
+    connection.close()
+
+
+def _watch(pid: int, seconds: float) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """For memory, descriptors and threads: a process's (seconds, value), by its name and id."""
+    samples: dict[str, dict[str, list[tuple[float, float]]]] = {
+        what: defaultdict(list) for what in ("memory", "descriptors", "threads")
+    }
+    began = time.monotonic()
+    while (now := time.monotonic() - began) < seconds:
+        for process, name in below(pid).items():
+            home = Path("/proc", str(process))
+            with suppress(OSError, ValueError):
+                status = dict(line.split(":", 1) for line in (home / "status").read_text().splitlines() if ":" in line)
+                key = f"{name} {process}"
+                samples["memory"][key].append((now, int(status["VmRSS"].split()[0]) / 1024))
+                samples["threads"][key].append((now, float(status["Threads"])))
+                samples["descriptors"][key].append((now, len(os.listdir(home / "fd"))))
+        time.sleep(EVERY_S)
+    (Path("build") / "soak.json").write_text(json.dumps(samples))
+    return samples
+
+
+def _trend(samples: dict[str, dict[str, list[tuple[float, float]]]], what: str, unit: str, most: float) -> Row:
+    """The steepest rise of any process after the warm-up, with the confidence of its slope (least squares, 95%)."""
+    slopes = {}
+    for name, points in samples[what].items():
+        at, value = np.array(points).T
+        later = at > WARM_UP * at[-1]
+        if later.sum() < 10:
+            continue
+        at, value = at[later] / 3600, value[later]
+        slope, offset = np.polyfit(at, value, 1)
+        rest = value - (slope * at + offset)
+        error = 1.96 * np.sqrt((rest**2).sum() / (len(at) - 2) / ((at - at.mean()) ** 2).sum())
+        slopes[name] = float(slope), float(error)
+    worst = sorted(slopes.items(), key=lambda item: -(item[1][0] - item[1][1]))[:3]
+    listed = ", ".join(f"{name} {slope:+.1f} ± {error:.1f}" for name, (slope, error) in worst)
+    kept = all(slope - error <= most for slope, error in slopes.values())
+    return Row(f"growth of {what}, {unit or 'number'} an hour", f"{len(slopes)} processes", 1, listed, kept)
