@@ -256,6 +256,40 @@ def plan(
             typer.echo(f"wrote {out}; try: clipfleet serve {out}")
 
 
+keys = typer.Typer(help="API keys by name, in a file that holds their hashes alone.", no_args_is_help=True)
+app.add_typer(keys, name="keys")
+_KeyFile = Annotated[Path, typer.Option("--file", envvar="CLIPFLEET_API_KEYS_FILE", help="The file of the keys.")]
+_KeyName = Annotated[str, typer.Argument(help="Whose key it is, such as search-page.")]
+
+
+@keys.command("add", epilog="Example:  clipfleet keys add search-page --file keys.txt")
+def add_key_command(name: _KeyName, file: _KeyFile) -> None:
+    """Make a key and print it, this once. Services that read the file accept it within a second or so."""
+    with _reported("local"):
+        from clipfleet.keys import add_key
+
+        typer.echo(add_key(file, name))
+
+
+@keys.command("list")
+def list_keys_command(file: _KeyFile) -> None:
+    """Print the names of the keys."""
+    with _reported("local"):
+        from clipfleet.keys import read_keys
+
+        for name in read_keys(file):
+            typer.echo(name)
+
+
+@keys.command("revoke")
+def revoke_key_command(name: _KeyName, file: _KeyFile) -> None:
+    """Remove a key. Services that read the file refuse it within a second or so."""
+    with _reported("local"):
+        from clipfleet.keys import revoke_key
+
+        revoke_key(file, name)
+
+
 def run(arguments: list[str] | None = None) -> NoReturn:
     """The console script. `arguments` are those of the process by default."""
     status = 1

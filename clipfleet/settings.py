@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from clipfleet.engines import Engine, Precision, check_engine
 from clipfleet.errors import SettingsError
+from clipfleet.keys import read_keys
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 APPLICATION = "clipfleet"
@@ -40,6 +41,7 @@ class LimitSettings(Settings):
     deadline_s: Annotated[float, Field(gt=0)] = 30.0
     forward_s: Annotated[float, Field(gt=0)] = 60.0  # a forward pass that takes longer ends its replica
     inflight_items: Count = 4096
+    inflight_items_per_key: Count | None = None
     inflight_bytes: Count = 512 * 1024 * 1024
     decoding_bytes: Count = 1024 * 1024 * 1024
 
@@ -75,6 +77,7 @@ class ServiceSettings(Settings):
     limits: LimitSettings = LimitSettings()
     cache: CacheSettings = CacheSettings()
     api_keys: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    api_keys_file: str | None = None
 
     @field_validator("gpus_per_replica")
     @classmethod
@@ -127,10 +130,15 @@ def _explain(problem: Any, where: str) -> str:
 
 
 def service_settings(args: dict[str, Any]) -> ServiceSettings:
-    """The application's args as settings. API keys also come from CLIPFLEET_API_KEYS (comma-separated)."""
+    """The application's args as settings. API keys also come from CLIPFLEET_API_KEYS (comma-separated), and their file from
+    CLIPFLEET_API_KEYS_FILE."""
     settings: ServiceSettings = parse(ServiceSettings, args, "args")
     keys = [key.strip() for key in os.environ.get("CLIPFLEET_API_KEYS", "").split(",") if key.strip()]
-    return settings.model_copy(update={"api_keys": (*settings.api_keys, *keys)})
+    file = settings.api_keys_file or os.environ.get("CLIPFLEET_API_KEYS_FILE") or None
+    if file is not None:
+        file = str(Path(file).expanduser().absolute())  # replicas have another working directory
+        read_keys(file)  # a mistake shows at once
+    return settings.model_copy(update={"api_keys": (*settings.api_keys, *keys), "api_keys_file": file})
 
 
 def check_batching(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -64,6 +64,7 @@ class Admission:
         self._limits = limits
         self.bytes = 0
         self.lanes = {"images": Lane(), "texts": Lane()}
+        self._by_key: Counter[str] = Counter()  # items in flight of each API key
 
     def check_bytes(self, size: int, own: int = 0) -> None:
         """Raise Overloaded if `size` more bytes of a request that holds `own` would pass the limit; alone it never does."""
@@ -84,11 +85,15 @@ class Admission:
             self.bytes -= size
 
     @contextmanager
-    def hold_items(self, images: int, texts: int, seconds: float) -> Iterator[None]:
-        """Hold a request's items for as long as they are worked on; it has `seconds` left. Raises Overloaded."""
+    def hold_items(self, images: int, texts: int, seconds: float, key: str | None = None) -> Iterator[None]:
+        """Hold a request's items for as long as they are worked on; it has `seconds` left, and came with the API key of that
+        name. Raises Overloaded."""
         wanted = [(what, count) for what, count in (("images", images), ("texts", texts)) if count]
+        self._check_key(key, images + texts)
         for what, count in wanted:
             self._check(what, count, seconds)
+        if key is not None:
+            self._by_key[key] += images + texts
         for what, count in wanted:
             self.lanes[what].change(count)
         done = False
@@ -98,6 +103,18 @@ class Admission:
         finally:
             for what, count in wanted:
                 self.lanes[what].change(-count, finished=count if done else 0)
+            if key is not None:
+                self._by_key[key] -= images + texts
+
+    def _check_key(self, key: str | None, count: int) -> None:
+        most = self._limits.inflight_items_per_key
+        if key is None or most is None:
+            return
+        held = self._by_key[key]
+        if held and held + count > most:  # alone a request always goes, as with the other limits
+            raise Overloaded(
+                f"{held:,} items of this API key are in flight; the limit of one key is {most:,}", retry_after=1
+            )
 
     def _check(self, what: str, count: int, seconds: float) -> None:
         lane = self.lanes[what]

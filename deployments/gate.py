@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -18,21 +16,32 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from clipfleet.errors import ClipfleetError, InvalidApiKey, InvalidRequest, RouteNotFound, Unavailable
+from clipfleet.errors import (
+    ClipfleetError,
+    InvalidApiKey,
+    InvalidRequest,
+    RouteNotFound,
+    SettingsError,
+    Unavailable,
+)
+from clipfleet.keys import KeyRing
 from deployments.bodies import invalid
 from deployments.responses import error_response
 
 FINGERPRINT_HEADER = "X-Clipfleet-Fingerprint"
 DEADLINE_HEADER = "X-Deadline-Ms"
+KEY_NAME = "clipfleet.key"  # in the scope: the name of the request's API key
 _OPEN_PATHS = ("/healthz", "/readyz")
+_LOOK_EVERY_S = 1.0
 
 
 class Gate:
     """The outermost ASGI layer around the routes."""
 
-    def __init__(self, app: ASGIApp, *, api_keys: Sequence[str], fingerprint: Callable[[], str | None]) -> None:
+    def __init__(self, app: ASGIApp, *, keys: KeyRing, fingerprint: Callable[[], str | None]) -> None:
         self._app = app
-        self._keys = [hashlib.sha256(key.encode()).digest() for key in api_keys]
+        self._keys = keys
+        self._looked = 0.0  # time.monotonic() of the last look at the file of keys
         self._fingerprint = fingerprint
         self._inflight = 0
         self._idle = asyncio.Event()
@@ -78,13 +87,19 @@ class Gate:
                 self._idle.set()
 
     def _check_key(self, scope: Scope) -> None:
-        if not self._keys or scope["path"] in _OPEN_PATHS:
+        if not self._keys.asks or scope["path"] in _OPEN_PATHS:
             return
+        if time.monotonic() - self._looked > _LOOK_EVERY_S:
+            self._looked = time.monotonic()
+            try:
+                self._keys.refresh()
+            except SettingsError as error:
+                logger.error("the API keys stay as they were: {}", error.message)
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-        digest = hashlib.sha256(key.strip().encode()).digest()
-        known = [hmac.compare_digest(digest, expected) for expected in self._keys]  # every one, in constant time
-        if scheme.lower() != "bearer" or not any(known):
+        name = self._keys.name_of(key.strip())
+        if scheme.lower() != "bearer" or name is None:
             raise InvalidApiKey("the API key is missing or wrong; send it as Authorization: Bearer KEY")
+        scope[KEY_NAME] = name
 
 
 def add_error_handlers(app: FastAPI) -> None:

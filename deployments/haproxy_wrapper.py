@@ -96,7 +96,9 @@ def _refusal(config: str, folder: Path) -> str:
 
 def edit(config: str, folder: Path, host: str, port: str) -> str:
     """Serve's generated configuration with our changes. Editing a file that was edited already changes nothing."""
-    errors = "\n".join(f"    errorfile {status} {folder / f'{status}.http'}" for status in ANSWERS if status not in (404, 429))
+    errors = "\n".join(
+        f"    errorfile {status} {folder / f'{status}.http'}" for status in ANSWERS if status not in (404, 429)
+    )
     not_found = f"    http-request return status 404 errorfile {folder / '404.http'}"
     alone = len(re.findall(r"^    server (?!.* backup$)", config, re.MULTILINE)) <= 1
     unavailable = f"    http-request return status 503 errorfile {folder / '503.http'}"

@@ -26,6 +26,7 @@ from clipfleet.errors import (
     Unavailable,
     UnsupportedDimensions,
 )
+from clipfleet.keys import KeyRing
 from clipfleet.settings import ServiceSettings
 from clipfleet.vectors import DType, rank, to_base64, to_npy
 from deployments import collector, schemas
@@ -34,7 +35,7 @@ from deployments.bodies import Body, parse_json
 from deployments.cache import VectorCache
 from deployments.docs_page import add_schemas, render
 from deployments.encoder import EncodedText
-from deployments.gate import FINGERPRINT_HEADER, Gate, add_error_handlers, read_deadline
+from deployments.gate import FINGERPRINT_HEADER, KEY_NAME, Gate, add_error_handlers, read_deadline
 from deployments.health import Health
 from deployments.inputs import Input, check_counts, read_items
 from deployments.own_config import check_own_scaling
@@ -69,7 +70,8 @@ class Ingress:
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         self._health = Health(self._handles)
         collector.rarely()
-        self._gate = Gate(self._routes(), api_keys=self._settings.api_keys, fingerprint=self._fingerprint)
+        keys = KeyRing(self._settings.api_keys, self._settings.api_keys_file)
+        self._gate = Gate(self._routes(), keys=keys, fingerprint=self._fingerprint)
         return self._gate
 
     async def drain(self) -> None:
@@ -122,7 +124,7 @@ class Ingress:
             inputs = read_items(items, wanted.modality, self._limits, "input")
             options = schemas.Options.model_validate(wanted.model_dump(include=set(schemas.Options.model_fields)))
             del wanted, items  # the images once more, as base64
-            return await self._answer(inputs, options, deadline, "input", npy=False)
+            return await self._answer(inputs, options, deadline, "input", _key(request), npy=False)
 
     async def image_embeddings(
         self,
@@ -149,7 +151,7 @@ class Ingress:
             else:
                 raise InvalidRequest("Content-Type must be image/*, application/octet-stream or multipart/form-data")
             check_counts(len(images), 0, self._limits, "files")
-            return await self._answer(list[Input](images), options, deadline, "files", npy=npy)
+            return await self._answer(list[Input](images), options, deadline, "files", _key(request), npy=npy)
 
     async def rank(self, request: Request) -> Response:
         """Rank candidates (texts, images, or both) by their similarity to a query."""
@@ -164,7 +166,7 @@ class Ingress:
                 *read_items(wanted.candidates, "text", self._limits, "candidates"),
             ]
             del wanted
-            outcomes = await self._embed(inputs, deadline, model["fingerprint"])
+            outcomes = await self._embed(inputs, deadline, model["fingerprint"], _key(request))
         for number, outcome in enumerate(outcomes):
             if isinstance(outcome, ClipfleetError):
                 return error_response(outcome, "query" if number == 0 else f"candidates[{number - 1}]")
@@ -227,19 +229,23 @@ class Ingress:
         except TimeoutError:
             raise DeadlineExceeded("the deadline passed before the whole request had arrived") from None
 
-    async def _embed(self, inputs: Sequence[Input], deadline: float, fingerprint: str) -> list[Outcome]:
-        """One outcome an input, in order: remembered or computed."""
+    async def _embed(
+        self, inputs: Sequence[Input], deadline: float, fingerprint: str, key: str | None
+    ) -> list[Outcome]:
+        """One outcome an input, in order: remembered or computed. `key` is the name of the API key that asked."""
         known = self._cache.find(inputs, fingerprint)
         missing = [item for number, item in enumerate(inputs) if number not in known]
-        computed = await self._compute(missing, deadline, fingerprint) if missing else []
+        computed = await self._compute(missing, deadline, fingerprint, key) if missing else []
         self._cache.keep(missing, computed, fingerprint)
         rest = iter(computed)
         return [known[number] if number in known else next(rest) for number in range(len(inputs))]
 
-    async def _compute(self, inputs: Sequence[Input], deadline: float, fingerprint: str) -> list[Outcome]:
+    async def _compute(
+        self, inputs: Sequence[Input], deadline: float, fingerprint: str, key: str | None
+    ) -> list[Outcome]:
         images = sum(isinstance(item, bytes) for item in inputs)
         texts = sum(isinstance(item, str) for item in inputs)
-        with self._admission.hold_items(images, texts, seconds_left(deadline)):
+        with self._admission.hold_items(images, texts, seconds_left(deadline), key):
             try:
                 async with asyncio.timeout(seconds_left(deadline)):
                     outcomes = await self._pipeline.embed(inputs, deadline, fingerprint)
@@ -258,10 +264,17 @@ class Ingress:
         return outcomes
 
     async def _answer(
-        self, inputs: Sequence[Input], options: schemas.Options, deadline: float, name: str, *, npy: bool
+        self,
+        inputs: Sequence[Input],
+        options: schemas.Options,
+        deadline: float,
+        name: str,
+        key: str | None,
+        *,
+        npy: bool,
     ) -> Response:
         model = self._check_model(None)
-        outcomes = await self._embed(inputs, deadline, model["fingerprint"])
+        outcomes = await self._embed(inputs, deadline, model["fingerprint"], key)
         if options.on_error == "fail":
             for number, outcome in enumerate(outcomes):
                 if isinstance(outcome, ClipfleetError):
@@ -278,6 +291,10 @@ class Ingress:
                 "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
             }
         )
+
+
+def _key(request: Request) -> str | None:
+    return request.scope.get(KEY_NAME)
 
 
 def _npy(outcomes: list[Outcome], dtype: DType, model: dict[str, Any]) -> Response:

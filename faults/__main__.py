@@ -1,4 +1,6 @@
-"""Cause faults and print one row a promise: `python -m faults chaos | overload | fuzz | soak [--seconds S] [--files N] [--seed K]`.
+"""Cause faults and print one row a promise.
+
+    python -m faults chaos | overload | fuzz | soak [--seconds S] [--files N] [--seed K]
 
 Status 1 where a promise was broken.
 """

@@ -28,6 +28,22 @@ def test_items_over_the_limit_are_refused_until_others_are_done() -> None:
     assert answer.status_code == 429 and int(answer.headers["Retry-After"]) >= 1
 
 
+def test_one_key_cannot_take_what_others_need() -> None:
+    held = Admission(LimitSettings(inflight_items=100, inflight_items_per_key=10))
+    with held.hold_items(6, 2, 30, "one"):
+        with (
+            pytest.raises(Overloaded, match=r"8 items of this API key are in flight; the limit of one key is 10"),
+            held.hold_items(3, 0, 30, "one"),
+        ):
+            pass
+        with held.hold_items(3, 0, 30, "another"), held.hold_items(3, 0, 30), held.hold_items(2, 0, 30, "one"):
+            pass
+    with held.hold_items(20, 0, 30, "one"):  # alone a request always goes
+        pass
+    with held.hold_items(8, 0, 30, "one"):
+        pass
+
+
 def test_one_request_over_the_limit_gets_its_turn_alone() -> None:
     held = Admission(LimitSettings(inflight_items=10, inflight_bytes=100))
     with held.hold_items(0, 11, 30), held.hold_bytes(101):

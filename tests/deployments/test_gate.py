@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -11,6 +12,8 @@ from fastapi import FastAPI
 from starlette.requests import Request
 
 from clipfleet.errors import InvalidRequest, Overloaded
+from clipfleet.keys import KeyRing, add_key, digest, revoke_key
+from deployments import gate as module
 from deployments.gate import Gate, add_error_handlers, read_deadline
 
 
@@ -37,7 +40,7 @@ def app() -> FastAPI:
 
 def get(path: str, keys: list[str], header: str | None = None) -> httpx.Response:
     async def send() -> httpx.Response:
-        gate = Gate(app(), api_keys=keys, fingerprint=lambda: "f00d")
+        gate = Gate(app(), keys=KeyRing(tuple(keys), None), fingerprint=lambda: "f00d")
         async with httpx.AsyncClient(transport=httpx.ASGITransport(gate), base_url="http://gate") as client:
             return await client.get(path, headers={"Authorization": header} if header else {})
 
@@ -61,6 +64,31 @@ def test_any_other_does_not(path: str, header: str | None) -> None:
     assert (answer.status_code, error["code"], error["type"]) == (401, "invalid_api_key", "authentication_error")
     assert answer.headers["WWW-Authenticate"] == "Bearer" and answer.headers["X-Clipfleet-Fingerprint"] == "f00d"
     assert "one" not in answer.text and "two" not in answer.text
+
+
+def test_a_file_of_keys_is_read_again_when_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_LOOK_EVERY_S", 0)
+    file = tmp_path / "keys"
+    file.write_text("# nobody yet\n")
+    gate = Gate(app(), keys=KeyRing(("fixed",), str(file)), fingerprint=lambda: None)
+
+    async def statuses(*keys: str) -> list[int]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(gate), base_url="http://gate") as client:
+            return [
+                (await client.get("/v1/models", headers={"Authorization": f"Bearer {key}"})).status_code for key in keys
+            ]
+
+    assert asyncio.run(statuses("fixed", "other")) == [200, 401]
+    key = add_key(file, "search-page")
+    assert asyncio.run(statuses("fixed", key)) == [200, 200]
+    file.write_text("not a file of keys\n")  # a slip: the keys stay as they were
+    assert asyncio.run(statuses("fixed", key)) == [200, 200]
+    file.write_text(f"search-page {digest(key)}\nother {digest('another')}\n")
+    assert asyncio.run(statuses(key, "another")) == [200, 200]
+    revoke_key(file, "search-page")
+    assert asyncio.run(statuses(key, "another", "fixed")) == [401, 200, 200]
+    revoke_key(file, "other")  # an empty file lets nobody in
+    assert asyncio.run(statuses(key, "another", "fixed")) == [401, 401, 200]
 
 
 def test_health_is_open_for_those_who_watch() -> None:

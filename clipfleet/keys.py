@@ -1,0 +1,119 @@
+"""API keys by name, in a file that holds their hashes alone.
+
+A line is `NAME SHA-256-IN-HEX`; empty lines and those that start with # are passed over. A key has 256 random bits, so
+its plain hash gives nothing away. A service reads the file anew when it changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import re
+import secrets
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from clipfleet.errors import SettingsError
+
+PREFIX = "cf_"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_HASH = re.compile(r"[0-9a-f]{64}")
+
+
+def digest(key: str) -> str:
+    """What stands for a key, in hex."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def read_keys(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The hash of each key, by name. Raises SettingsError that names the line."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"the file of API keys cannot be read: {error}") from error
+    found: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        words = line.split()
+        if not words or words[0].startswith("#"):
+            continue
+        if len(words) != 2 or not _NAME.fullmatch(words[0]) or not _HASH.fullmatch(words[1]):
+            raise SettingsError(f"{path}, line {number}: a line is NAME and the SHA-256 of its key in hex")
+        if words[0] in found:
+            raise SettingsError(f"{path}, line {number}: the name {words[0]!r} is there twice")
+        found[words[0]] = words[1]
+    return found
+
+
+def add_key(path: str | os.PathLike[str], name: str) -> str:
+    """Make a key under a new name and return it: the only time that anyone sees it. Raises SettingsError."""
+    if not _NAME.fullmatch(name):
+        raise SettingsError(f"{name!r} is no name of a key: letters, digits, dots, dashes and underscores, up to 64")
+    kept = read_keys(path) if Path(path).exists() else {}
+    if name in kept:
+        raise SettingsError(f"there is a key {name!r} already; revoke it first")
+    key = PREFIX + secrets.token_urlsafe(32)
+    _write(Path(path), {**kept, name: digest(key)})
+    return key
+
+
+def revoke_key(path: str | os.PathLike[str], name: str) -> None:
+    """Remove a key. Raises SettingsError."""
+    kept = read_keys(path)
+    if name not in kept:
+        raise SettingsError(f"there is no key {name!r}; there are {', '.join(sorted(kept)) or 'none'}")
+    _write(Path(path), {other: hash_ for other, hash_ in kept.items() if other != name})
+
+
+def _write(path: Path, kept: Mapping[str, str]) -> None:
+    """Replace the file whole: a service never reads half of it, and only its owner may read it at all."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.writelines(f"{name} {hash_}\n" for name, hash_ in kept.items())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+class KeyRing:
+    """The keys that a service accepts: fixed ones, and those of a file, which is read again when it changes."""
+
+    def __init__(self, keys: tuple[str, ...], file: str | None) -> None:
+        self._fixed = {f"key {number}": digest(key) for number, key in enumerate(keys, 1)}
+        self._file = file
+        self._seen: tuple[int, int, int] | None = None
+        self._from_file: dict[str, str] = {}
+        if file is not None:
+            self.refresh()
+
+    @property
+    def asks(self) -> bool:
+        """Whether requests need a key at all. A file without keys lets nobody in."""
+        return bool(self._fixed) or self._file is not None
+
+    def refresh(self) -> None:
+        """Read the file if it is another than before. Raises SettingsError, and then the keys stay as they were."""
+        if self._file is None:
+            return
+        try:
+            status = os.stat(self._file)
+        except OSError as error:
+            raise SettingsError(f"the file of API keys cannot be read: {error}") from error
+        seen = status.st_mtime_ns, status.st_size, status.st_ino
+        if seen != self._seen:
+            self._from_file = read_keys(self._file)
+            self._seen = seen
+
+    def name_of(self, key: str) -> str | None:
+        """Who has this key; None if nobody has. Compares with every one, in constant time."""
+        wanted = digest(key)
+        found = None
+        for name, hash_ in (*self._fixed.items(), *self._from_file.items()):
+            if hmac.compare_digest(wanted, hash_):
+                found = name
+        return found
