@@ -79,6 +79,9 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on; the file's or 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port; the file's or 8000.")] = None,
     metrics_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the Prometheus metrics.")] = 9464,
+    open_to_all: Annotated[
+        bool, typer.Option("--open", help="Serve other machines although no API keys are set.")
+    ] = False,
 ) -> None:
     """Serve a checkpoint over HTTP, on a local Ray or on the one that RAY_ADDRESS names. Ctrl-C stops it."""
     with _reported("serve"):
@@ -87,7 +90,10 @@ def serve(
         settings = read_config(config)
         from deployments.serve import serve_until_stopped
 
-        serve_until_stopped(settings, model=model, host=host, port=port, metrics_port=metrics_port, say=typer.echo)
+        serve_until_stopped(
+            settings, model=model, host=host, port=port, metrics_port=metrics_port, open_to_all=open_to_all,
+            say=typer.echo,
+        )  # fmt: skip
 
 
 @app.command(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import ipaddress
 import os
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 import httpx
 
 from clipfleet.checkpoint import EMBEDDED, find_checkpoint
-from clipfleet.errors import SetupError
+from clipfleet.errors import SettingsError, SetupError
 from clipfleet.settings import APPLICATION, ServiceSettings, service_settings
 from deployments.local_ray import Service, local_service
 
@@ -26,6 +28,7 @@ def serve_until_stopped(
     host: str | None,
     port: int | None,
     metrics_port: int,
+    open_to_all: bool,
     say: Callable[[str], Any],
 ) -> None:
     """Serve a checked config file's content until Ctrl-C or SIGTERM. Raises SetupError and its kin."""
@@ -34,12 +37,19 @@ def serve_until_stopped(
     arguments = _arguments(config)
     if model is not None:
         arguments["model"] = model
+    host = host or http.get("host", "127.0.0.1")
+    settings = service_settings(arguments)
+    if not (open_to_all or settings.asks_for_keys or _is_loopback(host)):
+        raise SettingsError(
+            f"{host} can be reached from other machines, and no API keys are set. Make one with `clipfleet keys add NAME "
+            "--file FILE` and set CLIPFLEET_API_KEYS_FILE=FILE, or say --open to serve whoever comes"
+        )
     if not os.environ.get("RAY_ADDRESS"):  # a remote cluster finds checkpoints for itself
-        arguments.update(_pinned(service_settings(arguments)))
+        arguments.update(_pinned(settings))
     try:
         with local_service(
             config,
-            host=host or http.get("host", "127.0.0.1"),
+            host=host,
             port=port or http.get("port", 8000),
             metrics_port=metrics_port,
         ) as service:
@@ -48,6 +58,15 @@ def serve_until_stopped(
             service.wait()
     except KeyboardInterrupt:  # during the start, which has cleaned up after itself
         return
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether a name or address to listen on is this machine's own, for itself alone."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return True  # listening fails with a better word
+    return all(ipaddress.ip_address(entry[4][0]).is_loopback for entry in found)
 
 
 def _application(config: dict[str, Any]) -> dict[str, Any]:

@@ -52,6 +52,12 @@ def changed(tmp_path: Path, **deployment: Any) -> Path:
     return file
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_a_public_address_without_keys(host: str) -> None:
+    line = refused("demo", "--host", host)
+    assert host in line and "clipfleet keys add" in line and "--open" in line
+
+
 def test_settings_that_contradict_each_other(tmp_path: Path) -> None:
     line = refused(changed(tmp_path, max_ongoing_requests=16, user_config={"max_batch_size": 32}))
     assert "max_ongoing_requests 16" in line and "max_batch_size 32" in line
