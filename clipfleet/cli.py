@@ -82,6 +82,9 @@ def serve(
     open_to_all: Annotated[
         bool, typer.Option("--open", help="Serve other machines although no API keys are set.")
     ] = False,
+    tls: Annotated[
+        Path | None, typer.Option(help="Speak HTTPS with this PEM file: the certificate chain and its private key.")
+    ] = None,
 ) -> None:
     """Serve a checkpoint over HTTP, on a local Ray or on the one that RAY_ADDRESS names. Ctrl-C stops it."""
     with _reported("serve"):
@@ -92,7 +95,7 @@ def serve(
 
         serve_until_stopped(
             settings, model=model, host=host, port=port, metrics_port=metrics_port, open_to_all=open_to_all,
-            say=typer.echo,
+            tls=tls, say=typer.echo,
         )  # fmt: skip
 
 

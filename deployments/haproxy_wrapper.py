@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Stands in for the HAProxy binary under `clipfleet serve`: edits the file that Serve generated, then becomes HAProxy.
 
-    haproxy_wrapper.py BINARY HOST PORT [HAProxy's own arguments, with -f FILE]
+    haproxy_wrapper.py BINARY HOST PORT CERTIFICATE [HAProxy's own arguments, with -f FILE]
 
 Serve starts its binary anew for each reload, so every generated file passes through here, and the process id that Serve
 watches stays the same through exec. It imports the standard library alone and runs under `python -I -S`: 30 ms a reload.
@@ -73,16 +73,17 @@ def write_answers(folder: Path) -> None:
         (folder / f"{status}.http").write_text(answer(status), newline="")
 
 
-def public_bind(host: str, port: str) -> str:
+def public_bind(host: str, port: str, certificate: str = "") -> str:
+    tls = f" ssl crt {certificate} ssl-min-ver TLSv1.2" if certificate else ""
     if host in ("0.0.0.0", "*"):
-        return f"*:{port}"
-    return f":::{port} v4v6" if host == "::" else f"{host}:{port}"
+        return f"*:{port}{tls}"
+    return f":::{port} v4v6{tls}" if host == "::" else f"{host}:{port}{tls}"
 
 
-def _frontend(host: str, port: str) -> str:
+def _frontend(host: str, port: str, certificate: str) -> str:
     dropped = [f"    http-request del-header {name}" for name in SERVE_HEADERS]
     dropped.append("    http-request del-header X-Request-Id if { req.hdr(X-Request-Id) -m reg [^\\\\x21-\\\\x7e] }")
-    return "\n".join([f"    bind {public_bind(host, port)}", *dropped, ""])
+    return "\n".join([f"    bind {public_bind(host, port, certificate)}", *dropped, ""])
 
 
 def _refusal(config: str, folder: Path) -> str:
@@ -94,7 +95,7 @@ def _refusal(config: str, folder: Path) -> str:
     return f"    http-request return status 429 errorfile {file} if {{ be_conn(\\1) ge {most} }} !{{ path {health} }}"
 
 
-def edit(config: str, folder: Path, host: str, port: str) -> str:
+def edit(config: str, folder: Path, host: str, port: str, certificate: str = "") -> str:
     """Serve's generated configuration with our changes. Editing a file that was edited already changes nothing."""
     errors = "\n".join(
         f"    errorfile {status} {folder / f'{status}.http'}" for status in ANSWERS if status not in (404, 429)
@@ -127,7 +128,7 @@ def edit(config: str, folder: Path, host: str, port: str) -> str:
         # With no replica left Serve would park requests, without a limit, in its head node's proxy; ours get a 503 at once.
         (r"^    # Fallback to head node's Serve proxy.*\n    server .* backup\n", ""),
         # Serve and the replicas stay on loopback; this is the one address that the user asked for.
-        (rf"^    bind 127\.0\.0\.1:{port}\n(?:    http-request del-header .*\n)*", _frontend(host, port)),
+        (rf"^    bind 127\.0\.0\.1:{port}\n(?:    http-request del-header .*\n)*", _frontend(host, port, certificate)),
         # Prometheus and statistics pages, for this machine alone.
         (
             r"^(\s+)bind (?:\*)?:(\d+)$(?=\n    mode http\n    http-request use-service|\n  stats)",
@@ -143,10 +144,10 @@ def edit(config: str, folder: Path, host: str, port: str) -> str:
     return config
 
 
-def edit_file(path: Path, host: str, port: str) -> None:
+def edit_file(path: Path, host: str, port: str, certificate: str) -> None:
     write_answers(path.parent)
     edited = path.with_suffix(".edited")
-    edited.write_text(edit(path.read_text(), path.parent, host, port))
+    edited.write_text(edit(path.read_text(), path.parent, host, port, certificate))
     edited.replace(path)  # in place: Serve knows its own workers by this path on their command line
 
 
@@ -165,22 +166,26 @@ def haproxy_binary() -> Path | None:
     return binary if os.access(binary, os.X_OK) else None
 
 
-def _write_launcher(folder: Path, binary: Path, host: str, port: int) -> Path:
+def _write_launcher(folder: Path, binary: Path, host: str, port: int, certificate: str) -> Path:
     wrapper = Path(__file__).resolve()
-    command = shlex.join([sys.executable, "-I", "-S", str(wrapper), str(binary), host, str(port)])
+    command = shlex.join([sys.executable, "-I", "-S", str(wrapper), str(binary), host, str(port), certificate])
     launcher = folder / "haproxy"
     launcher.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
     launcher.chmod(0o700)
     return launcher
 
 
-def haproxy_environment(host: str, port: int, block: int, folder: Path, binary: Path) -> dict[str, str]:
+def haproxy_environment(
+    host: str, port: int, block: int, folder: Path, binary: Path, certificate: str
+) -> dict[str, str]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     buffer_bytes = int(os.environ.get("RAY_SERVE_HAPROXY_TUNE_BUFSIZE", BUFFER_BYTES))
     connections = min(1024, max(64, memory // 8 // (2 * buffer_bytes)))
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",  # twice the requests/s of Serve's own Python proxy, and it can retry
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(_write_launcher(folder, binary, host, port)),  # edits the generated file
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(
+            _write_launcher(folder, binary, host, port, certificate)
+        ),  # edits the generated file
         # Serve's default is one folder for the whole machine, which two instances would overwrite for each other.
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
         "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
@@ -203,10 +208,10 @@ def haproxy_environment(host: str, port: int, block: int, folder: Path, binary: 
     }
 
 
-def main(binary: str, host: str, port: str, *arguments: str) -> None:
+def main(binary: str, host: str, port: str, certificate: str, *arguments: str) -> None:
     die_with_parent()
     if "-f" in arguments:
-        edit_file(Path(arguments[arguments.index("-f") + 1]), host, port)
+        edit_file(Path(arguments[arguments.index("-f") + 1]), host, port, certificate)
     os.execv(binary, [binary, *arguments])
 
 

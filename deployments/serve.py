@@ -6,8 +6,10 @@ import copy
 import ipaddress
 import os
 import socket
+import ssl
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ def serve_until_stopped(
     port: int | None,
     metrics_port: int,
     open_to_all: bool,
+    tls: Path | None,
     say: Callable[[str], Any],
 ) -> None:
     """Serve a checked config file's content until Ctrl-C or SIGTERM. Raises SetupError and its kin."""
@@ -44,6 +47,7 @@ def serve_until_stopped(
             f"{host} can be reached from other machines, and no API keys are set. Make one with `clipfleet keys add NAME "
             "--file FILE` and set CLIPFLEET_API_KEYS_FILE=FILE, or say --open to serve whoever comes"
         )
+    certificate = _check_certificate(tls) if tls else ""
     if not os.environ.get("RAY_ADDRESS"):  # a remote cluster finds checkpoints for itself
         arguments.update(_pinned(settings))
     try:
@@ -52,12 +56,26 @@ def serve_until_stopped(
             host=host,
             port=port or http.get("port", 8000),
             metrics_port=metrics_port,
+            certificate=certificate,
         ) as service:
             prefix = (_application(config).get("route_prefix") or "/").rstrip("/")
             say(f"clipfleet ready: {_url(service)}{prefix} model={wait_until_ready(service, prefix, arguments)}")
             service.wait()
     except KeyboardInterrupt:  # during the start, which has cleaned up after itself
         return
+
+
+def _check_certificate(file: Path) -> str:
+    """The absolute path of a PEM file that holds a certificate chain and its private key."""
+    if os.environ.get("RAY_ADDRESS"):
+        raise SettingsError("--tls is for a Ray of the command's own; with RAY_ADDRESS a proxy in front speaks TLS")
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(file)
+    except (OSError, ssl.SSLError) as error:
+        raise SettingsError(
+            f"{str(file)!r} is no PEM file of a certificate chain and its private key: {error}"
+        ) from None
+    return str(file.expanduser().absolute())
 
 
 def _is_loopback(host: str) -> bool:
@@ -93,18 +111,19 @@ def _pinned(settings: ServiceSettings) -> dict[str, Any]:
 
 def _url(service: Service) -> str:
     host = f"[{service.host}]" if ":" in service.host else service.host
-    return f"http://{host}:{service.port}"
+    return f"{'https' if service.tls else 'http'}://{host}:{service.port}"
 
 
 def wait_until_ready(service: Service, prefix: str, arguments: dict[str, Any]) -> str:
     """Wait for the first success of every deployment; returns the served id. Raises SetupError after two minutes."""
-    local = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(service.host)
-    base = f"http://{local}:{service.port}" if local else _url(service)
+    local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(service.host, service.host)
+    base = _url(replace(service, host=local))
     deadline = time.monotonic() + _READY_S
     state = "no answer"
     while time.monotonic() < deadline:
         try:
-            answer = httpx.get(f"{base}{prefix}/readyz", timeout=10, trust_env=False)
+            # Its certificate is made for the name that clients use.
+            answer = httpx.get(f"{base}{prefix}/readyz", timeout=10, trust_env=False, verify=False)
             if answer.status_code == 200:
                 return arguments.get("served_model_name") or arguments["model"]
             state = answer.text
