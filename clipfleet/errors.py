@@ -7,7 +7,8 @@
     │   │   ├── EmptyInput
     │   │   ├── UnsupportedDimensions
     │   │   ├── UnsupportedScheme
-    │   │   └── ImageUrlsDisabled
+    │   │   ├── ImageUrlsDisabled
+    │   │   └── ImageUrlForbidden
     │   ├── InvalidApiKey
     │   ├── ModelNotFound
     │   ├── RouteNotFound
@@ -21,7 +22,8 @@
     │       ├── ImageCorrupt
     │       ├── ImageCrashedDecoder
     │       ├── ImageNotFound       (a FileNotFoundError too)
-    │       └── ImageUnreadable     (an OSError too)
+    │       ├── ImageUnreadable     (an OSError too)
+    │       └── ImageNotFetched
     ├── ServiceError                the service cannot answer now
     │   ├── Overloaded
     │   ├── Unavailable
@@ -112,6 +114,12 @@ class ImageUrlsDisabled(InvalidRequest):
     code = "image_urls_disabled"
 
 
+class ImageUrlForbidden(InvalidRequest):
+    """An address that is not fetched from, such as one inside a private network."""
+
+    code = "image_url_forbidden"
+
+
 class InvalidApiKey(InputError):
     """The API key is missing or wrong."""
 
@@ -194,6 +202,12 @@ class ImageUnreadable(ImageError, OSError):
     """The path is no regular file, or reading it failed."""
 
     code = "file_unreadable"
+
+
+class ImageNotFetched(ImageError):
+    """An image's address that does not give an image."""
+
+    code = "image_not_fetched"
 
 
 class ServiceError(ClipfleetError):

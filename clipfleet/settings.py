@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -61,6 +62,28 @@ class CacheSettings(Settings):
     image_bytes: Annotated[int, Field(ge=0)] = 0
 
 
+class UrlSettings(Settings):
+    """Images by http(s) address, off unless `enabled`.
+
+    `at_once` times `limits.image_bytes` is what a replica may hold of images that still arrive; `timeout_s` is for one image,
+    in seconds; `allowed_networks` are those beside the internet's.
+    """
+
+    enabled: bool = False
+    ports: tuple[Annotated[int, Field(ge=1, le=65535)], ...] = (80, 443)
+    redirects: Annotated[int, Field(ge=0, le=10)] = 3
+    timeout_s: Annotated[float, Field(gt=0)] = 10.0
+    at_once: Count = 8
+    allowed_networks: tuple[str, ...] = ()
+
+    @field_validator("allowed_networks")
+    @classmethod
+    def _networks(cls, networks: tuple[str, ...]) -> tuple[str, ...]:
+        for network in networks:
+            ipaddress.ip_network(network)  # a ValueError that names it
+        return networks
+
+
 class ServiceSettings(Settings):
     """The `args` of the application: what is served, on what, within which limits."""
 
@@ -76,6 +99,7 @@ class ServiceSettings(Settings):
     reduced_jpeg: bool = False
     limits: LimitSettings = LimitSettings()
     cache: CacheSettings = CacheSettings()
+    image_urls: UrlSettings = UrlSettings()
     api_keys: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     api_keys_file: str | None = None
 

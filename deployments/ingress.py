@@ -20,6 +20,7 @@ from starlette.types import ASGIApp
 from clipfleet.errors import (
     ClipfleetError,
     DeadlineExceeded,
+    InputError,
     InvalidRequest,
     ModelNotFound,
     ServiceError,
@@ -35,9 +36,10 @@ from deployments.bodies import Body, parse_json
 from deployments.cache import VectorCache
 from deployments.docs_page import add_schemas, render
 from deployments.encoder import EncodedText
+from deployments.fetching import Fetcher
 from deployments.gate import FINGERPRINT_HEADER, KEY_NAME, Gate, add_error_handlers, read_deadline
 from deployments.health import Health
-from deployments.inputs import Input, check_counts, read_items
+from deployments.inputs import ImageUrl, Input, check_counts, read_items
 from deployments.own_config import check_own_scaling
 from deployments.pipeline import CheckpointChanged, Outcome, Pipeline, seconds_left
 from deployments.responses import count_error, error_body, error_response, json_response
@@ -64,10 +66,14 @@ class Ingress:
         self._cache = VectorCache(settings.cache)
         self._pipeline = Pipeline(decoder, image_encoder, text_encoder)
         self._handles = {"ImageDecoder": decoder, "ImageEncoder": image_encoder, "TextEncoder": text_encoder}
+        self._urls = settings.image_urls.enabled
+        self._fetcher: Fetcher | None = None
         self._health: Health | None = None
         self._gate: Gate | None = None
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
+        if self._urls:
+            self._fetcher = Fetcher(self._settings.image_urls, self._limits.image_bytes)
         self._health = Health(self._handles)
         collector.rarely()
         keys = KeyRing(self._settings.api_keys, self._settings.api_keys_file)
@@ -121,9 +127,10 @@ class Ingress:
             if wanted.dtype == "float16" and wanted.encoding_format == "float":
                 raise InvalidRequest("dtype float16 needs encoding_format base64", param="dtype")
             items = wanted.input if isinstance(wanted.input, list) else [wanted.input]
-            inputs = read_items(items, wanted.modality, self._limits, "input")
+            read = read_items(items, wanted.modality, self._limits, "input", urls=self._urls)
             options = schemas.Options.model_validate(wanted.model_dump(include=set(schemas.Options.model_fields)))
             del wanted, items  # the images once more, as base64
+            inputs = await self._fetched(read, deadline, held)
             return await self._answer(inputs, options, deadline, "input", _key(request), npy=False)
 
     async def image_embeddings(
@@ -161,11 +168,12 @@ class Ingress:
             wanted = parse_json(body, schemas.RankRequest, self._limits)
             del body
             model = self._check_model(wanted.model)
-            inputs = [
-                *read_items([wanted.query], "text", self._limits, "query"),
-                *read_items(wanted.candidates, "text", self._limits, "candidates"),
+            read = [
+                *read_items([wanted.query], "text", self._limits, "query", urls=self._urls),
+                *read_items(wanted.candidates, "text", self._limits, "candidates", urls=self._urls),
             ]
             del wanted
+            inputs = await self._fetched(read, deadline, held)
             outcomes = await self._embed(inputs, deadline, model["fingerprint"], _key(request))
         for number, outcome in enumerate(outcomes):
             if isinstance(outcome, ClipfleetError):
@@ -228,6 +236,27 @@ class Ingress:
                 return await reading
         except TimeoutError:
             raise DeadlineExceeded("the deadline passed before the whole request had arrived") from None
+
+    async def _fetched(self, items: Sequence[Input | ImageUrl], deadline: float, held: ExitStack) -> list[Input]:
+        """The items with each address replaced by its image, or by what was wrong with it."""
+
+        async def fetch(address: str) -> Input:
+            assert self._fetcher is not None  # otherwise read_items gives no addresses
+            try:
+                content = await self._fetcher.fetch(address, seconds_left(deadline))
+            except InputError as error:
+                return error
+            held.enter_context(self._admission.hold_bytes(len(content)))
+            return content
+
+        try:
+            async with asyncio.TaskGroup() as group:  # what is refused ends its siblings
+                found = [
+                    group.create_task(fetch(item.address)) if isinstance(item, ImageUrl) else item for item in items
+                ]
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+        return [item.result() if isinstance(item, asyncio.Task) else item for item in found]
 
     async def _embed(
         self, inputs: Sequence[Input], deadline: float, fingerprint: str, key: str | None

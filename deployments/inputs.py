@@ -5,6 +5,7 @@ from __future__ import annotations
 import binascii
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from clipfleet.errors import (
     EmptyInput,
@@ -20,22 +21,32 @@ from clipfleet.errors import (
 from clipfleet.settings import LimitSettings
 from deployments.schemas import ImageItem, Item, Modality, TextItem
 
+
+@dataclass(frozen=True)
+class ImageUrl:
+    """An image that is still to be fetched."""
+
+    address: str
+
+
 Input = bytes | str | InputError  # an image, a text, or why it is neither
 
 _SCHEME = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]*):")
 _WHITESPACE = re.compile(r"\s+")
 
 
-def read_items(items: Sequence[Item], modality: Modality, limits: LimitSettings, param: str) -> list[Input]:
+def read_items(
+    items: Sequence[Item], modality: Modality, limits: LimitSettings, param: str, *, urls: bool
+) -> list[Input | ImageUrl]:
     """Turn the items of the request's field `param` into inputs, in order; an item's own error takes its place.
 
-    Raises EmptyInput or TooManyItems.
+    `urls` says whether images may be addresses. Raises EmptyInput or TooManyItems.
     """
     kinds = [
         modality if isinstance(item, str) else "image" if isinstance(item, ImageItem) else "text" for item in items
     ]
     check_counts(kinds.count("image"), kinds.count("text"), limits, param)
-    return [_read_item(item, kind, limits) for item, kind in zip(items, kinds, strict=True)]
+    return [_read_item(item, kind, limits, urls) for item, kind in zip(items, kinds, strict=True)]
 
 
 def check_counts(images: int, texts: int, limits: LimitSettings, param: str) -> None:
@@ -55,10 +66,10 @@ def check_counts(images: int, texts: int, limits: LimitSettings, param: str) -> 
             )
 
 
-def _read_item(item: Item, kind: str, limits: LimitSettings) -> Input:
+def _read_item(item: Item, kind: str, limits: LimitSettings, urls: bool) -> Input | ImageUrl:
     try:
         if kind == "image":
-            return _read_image(item.image if isinstance(item, ImageItem) else str(item), limits)
+            return _read_image(item.image if isinstance(item, ImageItem) else str(item), limits, urls)
         return _read_text(item.text if isinstance(item, TextItem) else str(item), limits)
     except InputError as error:
         return error
@@ -72,12 +83,14 @@ def _read_text(text: str, limits: LimitSettings) -> str:
     return text
 
 
-def _read_image(source: str, limits: LimitSettings) -> bytes:
+def _read_image(source: str, limits: LimitSettings, urls: bool) -> bytes | ImageUrl:
     scheme = _SCHEME.match(source[:64])
     if scheme is None:
         return _from_base64(source, limits)
     name = scheme[1].lower()
     if name in ("http", "https"):
+        if urls:
+            return ImageUrl(source)
         raise ImageUrlsDisabled("fetching images by address is switched off; send the image itself as a data URI")
     if name != "data":
         raise UnsupportedScheme(f"scheme {name!r} is not supported; send a data URI or bare base64")

@@ -44,7 +44,9 @@ def _errors_total() -> Counter:
     return Counter("clipfleet_errors_total", "Errors in answers, by code.", tag_keys=tags)
 
 
-_OF_IMAGES = (errors.ImageError, errors.InvalidBase64, errors.UnsupportedScheme, errors.ImageUrlsDisabled)
+_OF_IMAGES = (
+    errors.ImageError, errors.InvalidBase64, errors.UnsupportedScheme, errors.ImageUrlsDisabled, errors.ImageUrlForbidden,
+)  # fmt: skip
 
 
 def count_error(error: ClipfleetError) -> None:

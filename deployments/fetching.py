@@ -1,0 +1,189 @@
+"""Images by their http(s) address: fetched with caps on everything, and never from inside one's own network.
+
+A name is resolved here, its addresses are checked, and the connection goes to an address that was checked: nothing that
+the name may resolve to a moment later is ever connected to. Each redirect passes the same checks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+import ssl
+from collections.abc import Iterable
+from typing import Any
+from urllib.parse import quote, urljoin, urlsplit
+
+import httpcore
+from httpcore import AsyncNetworkStream
+
+from clipfleet.errors import ImageNotFetched, ImageTooManyBytes, ImageUrlForbidden
+from clipfleet.settings import UrlSettings
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_COMPATIBLE = ipaddress.ip_network("::/96")  # IPv4 in IPv6, as it once was
+_REDIRECTS = (301, 302, 303, 307, 308)
+_LONGEST = 2048  # characters of an address
+_HEADERS = [(b"Accept", b"image/*"), (b"Accept-Encoding", b"identity"), (b"User-Agent", b"clipfleet")]
+
+
+def is_public(address: Address) -> bool:
+    """Whether an address is one of the internet's: none of this machine, of a private network, of a link or of a group.
+
+    An IPv6 address that carries an IPv4 one is as public as that.
+    """
+    if isinstance(address, ipaddress.IPv6Address):
+        if carried := _carried(address):
+            return is_public(carried)
+        if address in ipaddress.ip_network("2001::/23") or address.is_site_local:
+            return False
+    return address.is_global and not (address.is_multicast or address.is_reserved or address.is_unspecified)
+
+
+def _carried(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+    if address.ipv4_mapped or address.sixtofour:
+        return address.ipv4_mapped or address.sixtofour
+    if address in _NAT64 or (address in _COMPATIBLE and int(address) > 1):
+        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    return None
+
+
+class CheckedNetwork(httpcore.AsyncNetworkBackend):
+    """Connects to addresses that were checked, and to nothing else."""
+
+    def __init__(self, allowed: Iterable[str]) -> None:
+        self._allowed = [ipaddress.ip_network(network) for network in allowed]
+        self._network = httpcore.AnyIOBackend()
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> AsyncNetworkStream:
+        """Resolve, check and connect. Raises ImageUrlForbidden, or httpcore's own errors."""
+        addresses = await self._resolve(host, port)
+        checked = [address for address in addresses if self._may(address)]
+        if not checked:
+            raise ImageUrlForbidden(f"{host!r} is at {addresses[0]}, which is no public address")
+        return await self._network.connect_tcp(str(checked[0]), port, timeout, local_address, socket_options)
+
+    async def connect_unix_socket(
+        self, path: str, timeout: float | None = None, socket_options: Iterable[Any] | None = None
+    ) -> AsyncNetworkStream:
+        raise ImageUrlForbidden("an image's address names no socket of this machine")
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+    async def _resolve(self, host: str, port: int) -> list[Address]:
+        try:
+            # The resolver also knows the old spellings of an address: 2130706433, 0x7f.1, 0177.0.0.1.
+            found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            return [ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found]
+        except (OSError, UnicodeError, ValueError) as error:
+            raise ImageNotFetched(f"{host!r} cannot be resolved: {error}") from None
+
+    def _may(self, address: Address) -> bool:
+        return is_public(address) or any(address in network for network in self._allowed)
+
+
+class Fetcher:
+    """Fetches images for an ingress replica."""
+
+    def __init__(self, settings: UrlSettings, image_bytes: int) -> None:
+        self._settings = settings
+        self._most = image_bytes
+        self._at_once = asyncio.Semaphore(settings.at_once)
+        self._pool = httpcore.AsyncConnectionPool(
+            ssl_context=ssl.create_default_context(),
+            max_connections=settings.at_once,
+            keepalive_expiry=5.0,
+            network_backend=CheckedNetwork(settings.allowed_networks),
+        )
+
+    async def fetch(self, address: str, seconds: float) -> bytes:
+        """The image at an address, within so many seconds.
+
+        Raises ImageUrlForbidden, ImageNotFetched or ImageTooManyBytes.
+        """
+        try:
+            async with asyncio.timeout(min(seconds, self._settings.timeout_s)), self._at_once:
+                for _ in range(1 + self._settings.redirects):
+                    found = await self._get(_parse(address, self._settings.ports))
+                    if isinstance(found, bytes):
+                        return found
+                    address = found
+        except TimeoutError:
+            raise ImageNotFetched(f"the image did not arrive within {self._settings.timeout_s:g} s") from None
+        except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError) as error:
+            raise ImageNotFetched(f"the image cannot be fetched: {type(error).__name__} {error}".rstrip()) from None
+        raise ImageNotFetched(f"the address redirects more than {self._settings.redirects} times")
+
+    async def _get(self, url: httpcore.URL) -> bytes | str:
+        """The content, or the address that it redirects to."""
+        host = url.host.decode()
+        named = f"[{host}]" if ":" in host else host
+        port = f":{url.port}" if url.port else ""
+        headers = [(b"Host", f"{named}{port}".encode()), *_HEADERS]
+        async with self._pool.stream("GET", url, headers=headers) as answer:
+            given = {name.lower(): value.decode("latin-1").strip() for name, value in answer.headers}
+            if answer.status in _REDIRECTS and b"location" in given:
+                return _joined(url, given[b"location"])
+            if answer.status != 200:
+                raise ImageNotFetched(f"the image's server answers with status {answer.status}")
+            kind = given.get(b"content-type", "application/octet-stream").lower()
+            if not kind.startswith(("image/", "application/octet-stream", "binary/octet-stream")):
+                raise ImageNotFetched(f"the address holds no image but {kind[:100]!r}")
+            if given.get(b"content-encoding", "identity").lower() != "identity":
+                raise ImageNotFetched("the image's server compresses although it was asked not to")
+            announced = given.get(b"content-length", "")
+            self._check(int(announced) if announced.isdecimal() else 0)
+            content = bytearray()
+            async for piece in answer.aiter_stream():
+                self._check(len(content) + len(piece))
+                content += piece
+            return bytes(content)
+
+    def _check(self, size: int) -> None:
+        if size > self._most:
+            raise ImageTooManyBytes(f"the image has over {self._most:,} bytes, which is the limit", limit=self._most)
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._pool.aclose()
+
+
+def _joined(url: httpcore.URL, location: str) -> str:
+    return urljoin(bytes(url).decode("latin-1"), location)
+
+
+def _parse(address: str, ports: Iterable[int]) -> httpcore.URL:
+    """An address as what may be asked for. Raises ImageUrlForbidden."""
+    if len(address) > _LONGEST:
+        raise ImageUrlForbidden(f"the address has {len(address):,} characters; the limit is {_LONGEST:,}")
+    try:
+        parts = urlsplit(address.strip())
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise ImageUrlForbidden(f"the address cannot be read: {error}") from None
+    scheme = parts.scheme.lower()
+    if scheme not in ("http", "https"):
+        raise ImageUrlForbidden(f"scheme {scheme!r} is not fetched; http and https are")
+    if not host or "@" in parts.netloc or "\\" in address or any(ord(letter) <= 32 for letter in address.strip()):
+        raise ImageUrlForbidden("the address must be plain: http(s)://host/path, without a user")
+    port = port or (443 if scheme == "https" else 80)
+    if port not in ports:
+        raise ImageUrlForbidden(f"port {port} is not fetched from; {', '.join(map(str, sorted(ports)))} are")
+    try:
+        name = host if ":" in host else host.encode("idna").decode()
+    except UnicodeError:
+        raise ImageUrlForbidden(f"{host!r} is no name of a host") from None
+    target = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._") + (
+        "?" + quote(parts.query, safe="/%:@!$&'()*+,;=~-._?") if parts.query else ""
+    )
+    return httpcore.URL(scheme=scheme, host=name, port=port, target=target)
