@@ -55,7 +55,7 @@ class CheckedNetwork(httpcore.AsyncNetworkBackend):
 
     def __init__(self, allowed: Iterable[str]) -> None:
         self._allowed = [ipaddress.ip_network(network) for network in allowed]
-        self._network = httpcore.AnyIOBackend()
+        self._network: Any = httpcore.AnyIOBackend()
 
     async def connect_tcp(
         self,

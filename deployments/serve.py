@@ -40,11 +40,11 @@ def serve_until_stopped(
     arguments = _arguments(config)
     if model is not None:
         arguments["model"] = model
-    host = host or http.get("host", "127.0.0.1")
+    listen: str = host or http.get("host", "127.0.0.1")
     settings = service_settings(arguments)
-    if not (open_to_all or settings.asks_for_keys or _is_loopback(host)):
+    if not (open_to_all or settings.asks_for_keys or _is_loopback(listen)):
         raise SettingsError(
-            f"{host} can be reached from other machines, and no API keys are set. Make one with `clipfleet keys add NAME "
+            f"{listen} can be reached from other machines, and no API keys are set. Make one with `clipfleet keys add NAME "
             "--file FILE` and set CLIPFLEET_API_KEYS_FILE=FILE, or say --open to serve whoever comes"
         )
     certificate = _check_certificate(tls) if tls else ""
@@ -53,7 +53,7 @@ def serve_until_stopped(
     try:
         with local_service(
             config,
-            host=host,
+            host=listen,
             port=port or http.get("port", 8000),
             metrics_port=metrics_port,
             certificate=certificate,
