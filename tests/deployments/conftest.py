@@ -1,18 +1,20 @@
-"""The service that most tests share, and what they send to it."""
+"""The services that tests share, and what they send to them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
+import yaml
 
-from tests.deployments.service import Service, serving
+from tests.deployments.service import ROOT, Service, serving
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def service() -> Iterator[Service]:
-    """The tiny checkpoint under configs/demo.yaml; stopped by SIGTERM, with nothing left, when all tests are through."""
+    """The tiny checkpoint under configs/demo.yaml; stopped by SIGTERM, with nothing left, after this folder's tests."""
     with serving("demo") as running:
         yield running
 
@@ -22,3 +24,24 @@ def http(service: Service) -> Iterator[httpx.Client]:
     """A client of the shared service."""
     with service.client() as client:
         yield client
+
+
+@pytest.fixture(scope="package")
+def flags(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which a file asks for a fault of other_service."""
+    return tmp_path_factory.mktemp("flags")
+
+
+@pytest.fixture(scope="package")
+def other_service(flags: Path) -> Iterator[Service]:
+    """Another service of tiny: it caches images and no texts, takes a forward pass of 2 s for one that hangs, and has the
+    faults of faults/injected."""
+    config = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
+    config["applications"][0]["args"] |= {
+        "limits": {"forward_s": 2},
+        "cache": {"text_bytes": 0, "image_bytes": 1_000_000},
+    }
+    file = flags / "other.yaml"
+    file.write_text(yaml.safe_dump(config))
+    with serving(file, PYTHONPATH=str(ROOT / "faults" / "injected"), FAULTS=str(flags)) as running:
+        yield running

@@ -3,37 +3,24 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
 
 from tests.deployments.processes import until
-from tests.deployments.service import ROOT, Service, serving
+from tests.deployments.service import Service
 from tests.library import Library
 from tests.pictures import encode, picture
 
-INJECTED = ROOT / "faults" / "injected"  # its sitecustomize.py says what these do
+Good = Callable[[], tuple[bytes, np.ndarray]]
+
 RAW = {"Content-Type": "application/octet-stream", "Accept": "application/x-npy"}
-
-
-@pytest.fixture(scope="module")
-def flags(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("flags")
-
-
-@pytest.fixture(scope="module")
-def faulty(flags: Path) -> Iterator[Service]:
-    config = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
-    config["applications"][0]["args"]["limits"] = {"forward_s": 2}
-    file = flags / "faulty.yaml"
-    file.write_text(yaml.safe_dump(config))
-    with serving(file, PYTHONPATH=str(INJECTED), FAULTS=str(flags)) as service:
-        yield service
+_widths = count(300)
 
 
 def send(service: Service, body: bytes) -> httpx.Response:
@@ -42,39 +29,47 @@ def send(service: Service, body: bytes) -> httpx.Response:
 
 
 @pytest.fixture
-def good(library: Library) -> tuple[bytes, np.ndarray]:
-    body = encode(picture("RGB", 300, 200), "JPEG")
-    return body, library.images([body])[0]
+def good(library: Library) -> Good:
+    """Makes an image that no cache has, with its vector."""
+
+    def make() -> tuple[bytes, np.ndarray]:
+        body = encode(picture("RGB", next(_widths), 200), "JPEG")
+        return body, library.images([body])[0]
+
+    return make
 
 
 def is_right(answer: httpx.Response, vector: np.ndarray) -> bool:
     return answer.status_code == 200 and bool(np.abs(np.load(io.BytesIO(answer.content))[0] - vector).max() < 1e-5)
 
 
-def test_a_forward_pass_that_raises(faulty: Service, flags: Path, good: tuple[bytes, np.ndarray]) -> None:
-    body, vector = good
-    (flags / "raise").touch()
-    answer = send(faulty, body)
+def test_a_forward_pass_that_raises(other_service: Service, flags: Path, good: Good) -> None:
+    for _ in range(5):  # a probe may take a fault for itself
+        (flags / "raise").touch()
+        answer = send(other_service, good()[0])
+        if answer.status_code != 200:
+            break
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
     assert answer.headers["Retry-After"] == "1" and "out of memory" not in answer.text
-    assert is_right(send(faulty, body), vector)
+    body, vector = good()
+    assert is_right(send(other_service, body), vector)
 
 
-def test_a_forward_pass_that_hangs(faulty: Service, flags: Path, good: tuple[bytes, np.ndarray]) -> None:
-    body, vector = good
-    (before,) = faulty.replicas("ImageEncoder")
+def test_a_forward_pass_that_hangs(other_service: Service, flags: Path, good: Good) -> None:
+    body, vector = good()
+    (before,) = other_service.replicas("ImageEncoder")
     (flags / "hang").touch()
     # Its process is ended after 2 s, and the request goes to the one that comes instead.
-    assert is_right(send(faulty, body), vector)
-    assert before not in faulty.replicas("ImageEncoder")
-    with faulty.client() as http:
+    assert is_right(send(other_service, body), vector)
+    assert before not in other_service.replicas("ImageEncoder")
+    with other_service.client() as http:
         until(lambda: http.get("/readyz").status_code == 200, 60, "ready again")
 
 
-def test_an_image_that_ends_its_decoder(faulty: Service, good: tuple[bytes, np.ndarray]) -> None:
-    body, vector = good
+def test_an_image_that_ends_its_decoder(other_service: Service, good: Good) -> None:
     file = io.BytesIO()
     Image.new("RGB", (300, 200)).save(file, "JPEG", comment=b"clipfleet: end this process")
-    answer = send(faulty, file.getvalue())
+    answer = send(other_service, file.getvalue())
     assert (answer.status_code, answer.json()["error"]["code"]) == (422, "image_crashed_decoder")
-    assert is_right(send(faulty, body), vector)
+    body, vector = good()
+    assert is_right(send(other_service, body), vector)
