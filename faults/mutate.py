@@ -133,6 +133,6 @@ def mutants(seed: int) -> Iterator[bytes]:
     while True:
         data = bytearray(rng.choice(originals))
         for _ in range(rng.choice((1, 1, 1, 2, 3))):
-            if data:
+            if len(data) > 1:
                 rng.choice(MUTATIONS)(rng, data, originals)
         yield bytes(data)
