@@ -93,7 +93,7 @@ class KeyRing:
 
     @property
     def asks(self) -> bool:
-        """Whether requests need a key at all. A file without keys lets nobody in, as ServiceSettings.asks_for_keys."""
+        """Whether requests need a key at all. A file without keys lets nobody in."""
         return bool(self._fixed) or self._file is not None
 
     def refresh(self) -> None:

@@ -103,11 +103,6 @@ class ServiceSettings(Settings):
     api_keys: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     api_keys_file: str | None = None
 
-    @property
-    def asks_for_keys(self) -> bool:
-        """Whether requests need an API key."""
-        return bool(self.api_keys) or self.api_keys_file is not None
-
     @field_validator("gpus_per_replica")
     @classmethod
     def _share_or_whole(cls, gpus: float) -> float:

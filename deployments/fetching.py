@@ -26,6 +26,7 @@ _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _COMPATIBLE = ipaddress.ip_network("::/96")  # IPv4 in IPv6, as it once was
 _REDIRECTS = (301, 302, 303, 307, 308)
 _LONGEST = 2048  # characters of an address
+_KEPT = "/%:@!$&'()*+,;=~-._"  # of a path: what is quoted already stays as it is
 _HEADERS = [(b"Accept", b"image/*"), (b"Accept-Encoding", b"identity"), (b"User-Agent", b"clipfleet")]
 
 
@@ -71,14 +72,6 @@ class CheckedNetwork(httpcore.AsyncNetworkBackend):
         if not checked:
             raise ImageUrlForbidden(f"{host!r} is at {addresses[0]}, which is no public address")
         return await self._network.connect_tcp(str(checked[0]), port, timeout, local_address, socket_options)
-
-    async def connect_unix_socket(
-        self, path: str, timeout: float | None = None, socket_options: Iterable[Any] | None = None
-    ) -> AsyncNetworkStream:
-        raise ImageUrlForbidden("an image's address names no socket of this machine")
-
-    async def sleep(self, seconds: float) -> None:
-        await asyncio.sleep(seconds)
 
     async def _resolve(self, host: str, port: int) -> list[Address]:
         try:
@@ -133,7 +126,10 @@ class Fetcher:
         async with self._pool.stream("GET", url, headers=headers) as answer:
             given = {name.lower(): value.decode("latin-1").strip() for name, value in answer.headers}
             if answer.status in _REDIRECTS and b"location" in given:
-                return _joined(url, given[b"location"])
+                try:
+                    return urljoin(bytes(url).decode("latin-1"), given[b"location"])
+                except ValueError as error:
+                    raise ImageNotFetched(f"the address redirects to one that cannot be read: {error}") from None
             if answer.status != 200:
                 raise ImageNotFetched(f"the image's server answers with status {answer.status}")
             kind = given.get(b"content-type", "application/octet-stream").lower()
@@ -158,10 +154,6 @@ class Fetcher:
         await self._pool.aclose()
 
 
-def _joined(url: httpcore.URL, location: str) -> str:
-    return urljoin(bytes(url).decode("latin-1"), location)
-
-
 def _parse(address: str, ports: Iterable[int]) -> httpcore.URL:
     """An address as what may be asked for. Raises ImageUrlForbidden."""
     if len(address) > _LONGEST:
@@ -180,10 +172,10 @@ def _parse(address: str, ports: Iterable[int]) -> httpcore.URL:
     if port not in ports:
         raise ImageUrlForbidden(f"port {port} is not fetched from; {', '.join(map(str, sorted(ports)))} are")
     try:
-        name = host if ":" in host else host.encode("idna").decode()
-    except UnicodeError:
-        raise ImageUrlForbidden(f"{host!r} is no name of a host") from None
-    target = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._") + (
-        "?" + quote(parts.query, safe="/%:@!$&'()*+,;=~-._?") if parts.query else ""
-    )
+        name = (host if ":" in host else host.encode("idna").decode()).encode("ascii")
+        target = quote(parts.path or "/", safe=_KEPT) + (
+            "?" + quote(parts.query, safe=f"{_KEPT}?") if parts.query else ""
+        )
+    except UnicodeError:  # no name of a host, or letters that no encoding has
+        raise ImageUrlForbidden("the address holds letters that no address has") from None
     return httpcore.URL(scheme=scheme, host=name, port=port, target=target)

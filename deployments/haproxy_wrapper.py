@@ -168,6 +168,10 @@ def haproxy_binary() -> Path | None:
 
 def _write_launcher(folder: Path, binary: Path, host: str, port: int, certificate: str) -> Path:
     wrapper = Path(__file__).resolve()
+    if certificate:
+        link = folder / "tls.pem"  # a path that HAProxy's file needs no quotes for
+        link.symlink_to(certificate)
+        certificate = str(link)
     command = shlex.join([sys.executable, "-I", "-S", str(wrapper), str(binary), host, str(port), certificate])
     launcher = folder / "haproxy"
     launcher.write_text(f'#!/bin/sh\nexec {command} "$@"\n')

@@ -33,7 +33,7 @@ def import_serve() -> None:
 def encoder_class() -> type[Encoder]:
     """Import Encoder, for a process that does nothing else with transformers.
 
-    Its configs and tokenizers need no torch, and the engine may not either: a second of a core, and 200 MB.
+    Its configs and tokenizers need no torch, and the engine may not either: a second of a core, and 170 MB.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would say that torch is missing
     with hidden("torch"):

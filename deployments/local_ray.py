@@ -177,7 +177,7 @@ def _deploy(schema: Any, options: dict[str, Any], host: str, port: int) -> tuple
 
 
 def _start_serve(options: dict[str, Any], logging_config: Any) -> tuple[Any, list[Any]]:
-    """As serve_start, but without its wait for the proxies: the application is built meanwhile, which is 2 s of a start."""
+    """As serve_start, but without its wait for the proxies: the application is built meanwhile."""
     from ray.serve._private import api
     from ray.serve._private.client import ServeControllerClient
     from ray.serve.exceptions import RayServeException

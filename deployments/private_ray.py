@@ -111,7 +111,7 @@ def start_ray(folder: Path, **options: Any) -> None:
 
 @contextmanager
 def _without_spares(node: Any) -> Iterator[None]:
-    """Three processes that a Ray of one machine without a dashboard has no use for: 2 s of its start, and 170 MB."""
+    """Three processes that a Ray of one machine without a dashboard has no use for: 1.5 s of a core, and 170 MB."""
     spares = {name: getattr(node, name) for name in ("start_monitor", "start_log_monitor", "start_api_server")}
     for name in spares:
         setattr(node, name, lambda *_, **__: None)

@@ -17,6 +17,7 @@ import httpx
 
 from clipfleet.checkpoint import EMBEDDED, find_checkpoint
 from clipfleet.errors import SettingsError, SetupError
+from clipfleet.keys import KeyRing
 from clipfleet.settings import APPLICATION, ServiceSettings, service_settings
 from deployments.local_ray import Service, local_service
 
@@ -42,7 +43,7 @@ def serve_until_stopped(
         arguments["model"] = model
     listen: str = host or http.get("host", "127.0.0.1")
     settings = service_settings(arguments)
-    if not (open_to_all or settings.asks_for_keys or _is_loopback(listen)):
+    if not (open_to_all or KeyRing(settings.api_keys, settings.api_keys_file).asks or _is_loopback(listen)):
         raise SettingsError(
             f"{listen} can be reached from other machines, and no API keys are set. Make one with `clipfleet keys add NAME "
             "--file FILE` and set CLIPFLEET_API_KEYS_FILE=FILE, or say --open to serve whoever comes"
@@ -70,7 +71,7 @@ def _check_certificate(file: Path) -> str:
     if os.environ.get("RAY_ADDRESS"):
         raise SettingsError("--tls is for a Ray of the command's own; with RAY_ADDRESS a proxy in front speaks TLS")
     try:
-        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(file)
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(file, password=lambda: "")  # no prompt
     except (OSError, ssl.SSLError) as error:
         raise SettingsError(
             f"{str(file)!r} is no PEM file of a certificate chain and its private key: {error}"
@@ -83,7 +84,7 @@ def _is_loopback(host: str) -> bool:
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError:
-        return True  # listening fails with a better word
+        return False
     return all(ipaddress.ip_address(entry[4][0]).is_loopback for entry in found)
 
 
@@ -101,12 +102,14 @@ def _pinned(settings: ServiceSettings) -> dict[str, Any]:
     """Find the checkpoint once, before Ray starts: a mistake shows at once, and all replicas load the same revision."""
     checkpoint = find_checkpoint(settings.model)
     name = settings.served_model_name or checkpoint.served_name
+    pinned = {"served_model_name": name}
+    if settings.api_keys_file:
+        pinned["api_keys_file"] = settings.api_keys_file  # absolute: replicas may run elsewhere
     if settings.model in EMBEDDED:
-        return {"served_model_name": name}
+        return pinned
     if checkpoint.revision:
-        hub_id = settings.model.partition("@")[0]
-        return {"model": f"{hub_id}@{checkpoint.revision}", "served_model_name": name}
-    return {"model": str(Path(settings.model).expanduser().resolve()), "served_model_name": name}
+        return {**pinned, "model": f"{settings.model.partition('@')[0]}@{checkpoint.revision}"}
+    return {**pinned, "model": str(Path(settings.model).expanduser().resolve())}
 
 
 def _url(service: Service) -> str:

@@ -96,7 +96,8 @@ def _watch(pid: int, seconds: float) -> dict[str, dict[str, list[tuple[float, fl
                 samples["threads"][key].append((now, float(status["Threads"])))
                 samples["descriptors"][key].append((now, len(os.listdir(home / "fd"))))
         time.sleep(EVERY_S)
-    (Path("build") / "soak.json").write_text(json.dumps(samples))
+    Path("build").mkdir(exist_ok=True)
+    Path("build", "soak.json").write_text(json.dumps(samples))
     return samples
 
 

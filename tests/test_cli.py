@@ -36,6 +36,16 @@ def test_the_commands_and_the_version() -> None:
     assert run("nothing").returncode == 2
 
 
+def test_keys_are_added_listed_and_revoked(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    key = run("keys", "add", "search-page", "--file", file).stdout.strip()
+    assert key.startswith("cf_") and key not in file.read_text()
+    assert run("keys", "list", CLIPFLEET_API_KEYS_FILE=str(file)).stdout == "search-page\n"
+    assert run("keys", "revoke", "search-page", "--file", file).returncode == 0
+    again = run("keys", "revoke", "search-page", "--file", file)
+    assert again.returncode == 1 and again.stderr.startswith("clipfleet: there is no key 'search-page'")
+
+
 class TestEncode:
     def test_json_lines_texts_first(self, picture_files: list[Path]) -> None:
         done = run("encode", "--model", "tiny", picture_files[0], "--text", "größer", "--text", "b")

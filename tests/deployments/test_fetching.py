@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_address
+from urllib.parse import unquote
 
 import pytest
 
@@ -62,7 +63,7 @@ class Answer(BaseHTTPRequestHandler):
             left = int(path.removeprefix("/hop"))
             self.reply(b"", 302, Location=f"/hop{left - 1}" if left > 1 else "/image")
         elif path == "/to":
-            self.reply(b"", 302, Location=self.path.partition("?")[2])
+            self.reply(b"", 302, Location=unquote(self.path.partition("?")[2]))
         elif path == "/large":
             self.reply(bytes(MOST + 1), **kind)
         elif path == "/lying":
@@ -150,6 +151,7 @@ def test_an_image_is_fetched_and_redirects_are_followed(listener: Listener) -> N
         ("/to?file:///etc/passwd", ImageUrlForbidden, "scheme 'file'"),
         ("/to?http://user@127.0.0.1/x", ImageUrlForbidden, "without a user"),
         ("/to?http://127.0.0.1:22/x", ImageUrlForbidden, "port 22"),
+        ("/to?http://[bad", ImageNotFetched, "cannot be read"),
     ],
 )
 def test_what_a_server_may_do(listener: Listener, path: str, error: type[ClipfleetError], problem: str) -> None:
@@ -214,6 +216,10 @@ EVASIONS = (
     "http://127.0.0.1:99999/image",
     "ftp://127.0.0.1:{port}/image",
     "gopher://127.0.0.1:{port}/image",
+    "http://[fe80::1%é]:{port}/image",
+    "http://[v1.x:é]:{port}/image",
+    "http://127.0.0.1:{port}/\ud800",
+    "http://{port}.\ud800.example/image",
     "file:///etc/passwd",
     "unix:/var/run/docker.sock",
 )

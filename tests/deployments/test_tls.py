@@ -16,9 +16,11 @@ from tests.deployments.service import BIN, ROOT, STOP_S, free_ports, running
 CERTIFICATE = ROOT / "tests" / "data" / "localhost.pem"  # its own issuer, for localhost and 127.0.0.1
 
 
-def test_https_on_a_public_address() -> None:
+def test_https_on_a_public_address(tmp_path: Path) -> None:
     port, metrics_port = free_ports(2)
-    options = ("--host", "0.0.0.0", "--open", "--tls", CERTIFICATE, "--port", port, "--metrics-port", metrics_port)
+    file = tmp_path / "my certificate.pem"
+    file.write_bytes(CERTIFICATE.read_bytes())
+    options = ("--host", "0.0.0.0", "--open", "--tls", file, "--port", port, "--metrics-port", metrics_port)
     with (
         private_folder() as folder,
         running(BIN / "clipfleet", "serve", "demo", *map(str, options), folder=folder) as command,
