@@ -10,6 +10,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 MEGABYTE = 2**20
@@ -76,17 +77,28 @@ def memory(pid: int) -> dict[str, float]:
     return dict(sizes)
 
 
+@dataclass
+class Peaks:
+    """The most memory, in megabytes, that any process of each name had of its own, and with what it had mapped of Ray's
+    object store, whose pages each process that has touched them counts as well."""
+
+    own: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    with_store: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+
 @contextmanager
-def peaks(pid: int, every_s: float = 1.0) -> Iterator[dict[str, float]]:
-    """The largest resident memory that any process of each name had, in megabytes; complete when the block is left."""
-    highest: dict[str, float] = defaultdict(float)
+def peaks(pid: int, every_s: float = 0.5) -> Iterator[Peaks]:
+    """Watch the processes below `pid` until the block is left; what they have of their own is sampled."""
+    highest = Peaks()
     done = threading.Event()
 
     def watch() -> None:
         while not done.wait(every_s):
             for process, name in below(pid).items():
-                size = _field(Path("/proc", str(process), "status"), "VmHWM:") / MEGABYTE
-                highest[name] = max(highest[name], size)
+                status = Path("/proc", str(process), "status")
+                own = (_field(status, "RssAnon:") + _field(status, "RssFile:")) / MEGABYTE
+                highest.own[name] = max(highest.own[name], own)
+                highest.with_store[name] = max(highest.with_store[name], _field(status, "VmHWM:") / MEGABYTE)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
