@@ -28,6 +28,7 @@ from typing import Any
 
 from clipfleet.errors import SettingsError, SetupError
 from clipfleet.settings import APPLICATION
+from deployments import haproxy_revival
 from deployments.guardian import start_guardian
 from deployments.haproxy_wrapper import haproxy_binary, haproxy_environment
 from deployments.imports import import_serve
@@ -137,6 +138,8 @@ def prepare_worker() -> None:
     add_port = tls.add_port_to_grpc_server
     tls.add_port_to_grpc_server = lambda server, address: add_port(server, address.replace("[::]", LOOPBACK))
     import_serve()
+    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
+        haproxy_revival.install()
 
 
 def _schema(config: dict[str, Any]) -> Any:
