@@ -86,7 +86,8 @@ def serve(
         Path | None, typer.Option(help="Speak HTTPS with this PEM file: the certificate chain and its private key.")
     ] = None,
 ) -> None:
-    """Serve a checkpoint over HTTP, on a local Ray or on the one that RAY_ADDRESS names. Ctrl-C stops it."""
+    """Serve a checkpoint over HTTP, on a local Ray or on the one that RAY_ADDRESS names. Ctrl-C stops it; SIGHUP has it
+    read CONFIG again and change over without failing a request."""
     with _reported("serve"):
         from clipfleet.settings import read_config
 
@@ -94,8 +95,8 @@ def serve(
         from deployments.serve import serve_until_stopped
 
         serve_until_stopped(
-            settings, model=model, host=host, port=port, metrics_port=metrics_port, open_to_all=open_to_all,
-            tls=tls, say=typer.echo,
+            settings, lambda: read_config(config), model=model, host=host, port=port, metrics_port=metrics_port,
+            open_to_all=open_to_all, tls=tls, say=typer.echo,
         )  # fmt: skip
 
 

@@ -44,6 +44,7 @@ class Gate:
         self._looked = 0.0  # time.monotonic() of the last look at the file of keys
         self._fingerprint = fingerprint
         self._inflight = 0
+        self._last = time.monotonic()  # of a request's end
         self._idle = asyncio.Event()
         self._stopping = False
 
@@ -53,6 +54,10 @@ class Gate:
         while self._inflight:
             self._idle.clear()
             await self._idle.wait()
+
+    def quiet_seconds(self) -> float:
+        """Seconds since the last request ended; 0 while there is one. Health checks do not count."""
+        return 0.0 if self._inflight else time.monotonic() - self._last
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -75,19 +80,21 @@ class Gate:
         except ClipfleetError as error:
             await error_response(error)(scope, receive, send_stamped)
             return
-        self._inflight += 1
+        counts = not _is_health(scope)
+        self._inflight += counts
         try:
             await self._app(scope, receive, send_stamped)
         except Exception:
             if not started:
                 raise  # otherwise it was answered and logged by our handler, and is only passed on for the server's log
         finally:
-            self._inflight -= 1
+            self._inflight -= counts
+            self._last = time.monotonic() if counts else self._last
             if not self._inflight:
                 self._idle.set()
 
     def _check_key(self, scope: Scope) -> None:
-        if not self._keys.asks or scope["path"] in _OPEN_PATHS:
+        if not self._keys.asks or _is_health(scope):
             return
         if time.monotonic() - self._looked > _LOOK_EVERY_S:
             self._looked = time.monotonic()
@@ -100,6 +107,10 @@ class Gate:
         if scheme.lower() != "bearer" or name is None:
             raise InvalidApiKey("the API key is missing or wrong; send it as Authorization: Bearer KEY")
         scope[KEY_NAME] = name
+
+
+def _is_health(scope: Scope) -> bool:
+    return scope["path"].removeprefix(scope.get("root_path", "")) in _OPEN_PATHS
 
 
 def add_error_handlers(app: FastAPI) -> None:

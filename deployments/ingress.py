@@ -85,6 +85,10 @@ class Ingress:
         if self._gate is not None:
             await self._gate.drain()
 
+    async def quiet_seconds(self) -> float:
+        """Seconds since the last request."""
+        return self._gate.quiet_seconds() if self._gate is not None else 0.0
+
     def _routes(self) -> FastAPI:
         app = FastAPI(title="clipfleet", docs_url=None, redoc_url=None, redirect_slashes=False)
         add_error_handlers(app)

@@ -1,9 +1,8 @@
 """A Ray and a Ray Serve for one `clipfleet serve`: its processes, ports and files belong to that command alone.
 
     with local_service(config, host="127.0.0.1", port=8000, metrics_port=9464) as service:
-        ...                 # every deployment of the application runs
-        service.wait()      # until Ctrl-C or SIGTERM
-                            # on leaving: requests in flight are finished, then every process and file is gone
+        ...  # every deployment of the application runs until a signal raises KeyboardInterrupt
+             # on leaving: requests in flight are finished, then every process and file is gone
 
 Serve reads its variables when it is imported, so ray is imported here only after they are set. A guardian, a small process
 of the standard library alone, outlives the command and ends what the command left behind, also after `kill -9`.
@@ -11,15 +10,10 @@ of the standard library alone, outlives the command and ends what the command le
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import os
 import random
-import re
-import signal
 import socket
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -27,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from clipfleet.errors import SettingsError, SetupError
-from clipfleet.settings import APPLICATION
 from deployments import haproxy_revival
+from deployments.deploying import cause, deploy, schema_of, start_serve, stop, wait_for_proxies, wait_until_running
 from deployments.guardian import start_guardian
 from deployments.haproxy_wrapper import haproxy_binary, haproxy_environment
 from deployments.imports import import_serve
@@ -42,15 +36,11 @@ from deployments.private_ray import (
     start_ray,
     unreachable,
 )
+from deployments.signals import stop_on_signals
+from deployments.upgrade import Deployed
 
 # An instance takes one block of 100. They lie below the kernel's range for outgoing connections.
 PORTS = range(20000, 32000, 100)
-UNPLACED_S = 60  # a replica that no node has room for is waited for this long
-PROXIES_S = 60  # for Serve's proxies to start
-DRAIN_S = 40  # at a stop, requests in flight have this long to finish: their deadline, and some
-
-
-# --- before Ray: ports, folder, environment
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -127,9 +117,6 @@ def prepare_environment(host: str, port: int, block: int, folder: Path, certific
     set_environment(folder, values)
 
 
-# --- Ray and the application
-
-
 def prepare_worker() -> None:
     """Runs in every worker first of all."""
     import ray._common.tls_utils as tls
@@ -142,184 +129,15 @@ def prepare_worker() -> None:
         haproxy_revival.install()
 
 
-def _schema(config: dict[str, Any]) -> Any:
-    """The config as Serve's own type, which checks what clipfleet.settings leaves to it. Raises SettingsError."""
-    from pydantic import ValidationError
-    from ray.serve.config import AutoscalingConfig
-    from ray.serve.schema import DeploymentSchema, ServeApplicationSchema, ServeDeploySchema
-
-    _refuse_unknown(config, ServeDeploySchema, "")  # Serve passes over what it does not know, a slip of the pen too
-    for application in config["applications"]:
-        _refuse_unknown(application, ServeApplicationSchema, "")
-        for deployment in application.get("deployments") or []:
-            where = f"{deployment.get('name')}."
-            _refuse_unknown(deployment, DeploymentSchema, where)
-            _refuse_unknown(deployment.get("autoscaling_config"), AutoscalingConfig, f"{where}autoscaling_config.")
-    try:
-        return ServeDeploySchema.model_validate(config)
-    except ValidationError as error:
-        problems = (f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors())
-        raise SettingsError("; ".join(problems)) from None
-
-
-def _refuse_unknown(values: Any, kind: Any, where: str) -> None:
-    for name in set(values if isinstance(values, dict) else ()) - set(kind.model_fields):
-        raise SettingsError(
-            f"{where}{name}: there is no such setting; there are {', '.join(sorted(kind.model_fields))}"
-        )
-
-
-def _deploy(schema: Any, options: dict[str, Any], host: str, port: int) -> tuple[Any, list[Any]]:
-    """Ask Serve for the application. Returns its client, and what tells that its proxies run."""
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    behind_haproxy = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
-    options = {**options, "host": LOOPBACK if behind_haproxy else host, "port": port}
-    client, proxies = _start_serve(options, schema.logging_config)
-    client.deploy_apps(_with_others(client, schema))
-    return client, proxies
-
-
-def _start_serve(options: dict[str, Any], logging_config: Any) -> tuple[Any, list[Any]]:
-    """As serve_start, but without its wait for the proxies: the application is built meanwhile."""
-    from ray.serve._private import api
-    from ray.serve._private.client import ServeControllerClient
-    from ray.serve.exceptions import RayServeException
-
-    with suppress(RayServeException):
-        client: Any = api._get_global_client()
-        api._check_http_options(client, options)  # of a Serve that runs already; it warns
-        return client, []
-    controller, proxies = api._create_controller_and_proxy_refs(
-        options, None, logging_config, None, api._coerce_controller_options(None), "HeadOnly"
-    )
-    client = ServeControllerClient(controller)
-    api._set_global_client(client)
-    return client, proxies
-
-
-def _with_others(client: Any, schema: Any) -> Any:
-    """The configuration together with applications of a running Serve, which would remove those that it does not name."""
-    ours = {application.name for application in schema.applications}
-    others = [
-        details["deployed_app_config"]
-        for name, details in client.get_serve_details().get("applications", {}).items()
-        if name not in ours and details.get("deployed_app_config")
-    ]
-    return type(schema).model_validate(
-        {
-            **schema.model_dump(exclude_unset=True),
-            "applications": [
-                *others,
-                *(application.model_dump(exclude_unset=True) for application in schema.applications),
-            ],
-        }
-    )
-
-
-def cause(message: str) -> str:
-    """The error that a status message of Serve ends in, without the traceback above it."""
-    lines = message.strip().splitlines()
-    starts = [number for number, line in enumerate(lines) if re.match(r"[A-Za-z_][\w.]*: \S", line)]
-    text = "\n".join(lines[starts[-1] if starts else -1 :])
-    return re.sub(r"^clipfleet\.errors\.\w+: ", "", text)
-
-
-def _wait_until_running(client: Any, proxies: list[Any], name: str) -> None:
-    unplaced_since: float | None = None
-    while (status := client.get_serve_status(name)).app_status.status != "RUNNING":
-        for deployment in status.deployment_statuses:
-            if "failed to start" in deployment.message:
-                raise SetupError(f"{deployment.name} did not start: {cause(deployment.message)}")
-        if status.app_status.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-            raise SetupError(f"{name} did not start: {cause(status.app_status.message)}")
-        waiting = [d for d in status.deployment_statuses if "to be scheduled" in d.message]
-        unplaced_since = (unplaced_since or time.monotonic()) if waiting else None
-        # Serve itself says so only after 30 s.
-        if unplaced_since and time.monotonic() - unplaced_since > UNPLACED_S - 30:
-            raise SetupError(_no_room(waiting[0].name, waiting[0].message))
-        time.sleep(0.2)
-    _wait_for_proxies(client, proxies)
-
-
-def _wait_for_proxies(client: Any, proxies: list[Any]) -> None:
-    import ray
-    from ray.exceptions import RayError
-
-    try:
-        ray.get(proxies, timeout=PROXIES_S)
-        client.wait_for_proxies_serving()
-    except (RayError, TimeoutError) as error:  # such as a port that is taken
-        raise SetupError(f"Serve's proxy did not start: {cause(str(error))}") from None
-
-
-def _no_room(deployment: str, message: str) -> str:
-    import ray
-
-    asked = re.search(r"Resources required for each replica: (\{.*?\})", message)
-    free = {name: n for name, n in ray.available_resources().items() if name in ("CPU", "GPU", "memory")}
-    return f"no room for a replica of {deployment} in {UNPLACED_S} s: it asks for {asked[1] if asked else '?'}, free are {free}"
-
-
-# --- the end
-
-
-async def _finish_requests(name: str) -> None:
-    """Wait until every ingress replica has answered what it holds; newcomers get 503.
-
-    Only then may the application go: Serve would take decoders and encoders away from requests that still need them.
-    """
-    from ray import serve
-
-    async with asyncio.timeout(DRAIN_S):
-        await serve.get_app_handle(name).broadcast("drain").results_async()
-
-
-def _take_off(name: str) -> None:
-    """Remove the application from a Ray that goes on."""
-    from ray import serve
-
-    serve.delete(name, _blocking=False)
-
-
-def _stop(name: str, *, stays: bool = False) -> None:
-    """Finish the requests of application `name`, if any, and let go of Ray, which may be one that stays."""
-    if "ray" not in sys.modules or is_lost():
-        return
-    import ray
-
-    with suppress(Exception, KeyboardInterrupt):  # a second Ctrl-C ends the patience, not the cleaning up
-        if name and ray.is_initialized():
-            asyncio.run(_finish_requests(name))
-    with suppress(Exception, KeyboardInterrupt):
-        if name and stays:
-            _take_off(name)
-    with suppress(Exception, KeyboardInterrupt):
-        ray.shutdown()
-
-
 @dataclass(frozen=True)
 class Service:
+    """A running service: where it listens, and what runs on its Serve."""
+
     host: str
     port: int
     metrics_port: int
-    name: str  # of the application
+    deployed: Deployed
     tls: bool = False
-
-    def wait(self) -> None:
-        """Return at Ctrl-C or SIGTERM."""
-        with suppress(KeyboardInterrupt):
-            while True:
-                time.sleep(3600)
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
-def _listen_to_signals() -> None:
-    """Ctrl-C too is set: a shell starts background jobs with it ignored."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
 
 
 @contextmanager
@@ -340,20 +158,23 @@ def local_service(
     an application that fails (with its own error's line) and replicas that find no room in 60 s; KeyboardInterrupt for Ctrl-C
     or SIGTERM during the start.
     """
-    name = APPLICATION
-    service = Service(host, port, metrics_port, name, bool(certificate))
     address = address or os.environ.get("RAY_ADDRESS")
-    _listen_to_signals()
+    stop_on_signals()
     if not address:
         # One line a request, in a file that goes with the command: 3% of an ingress's time.
         config = {**config, "logging_config": {"enable_access_log": False, **(config.get("logging_config") or {})}}
     with _connected(address) if address else _own_ray(config, host, port, metrics_port, certificate):
-        schema = _schema(config)  # before the try: what was never deployed must not take off what runs there
+        schema = schema_of(config)  # before the try: what was never deployed must not take off what runs there
+        deployed: Deployed | None = None
         try:
-            _wait_until_running(*_deploy(schema, config.get("http_options") or {}, host, port), name)
-            yield service
+            client, proxies = start_serve(config.get("http_options") or {}, host, port, schema.logging_config)
+            deployed = Deployed(client, config)
+            deploy(client, schema)
+            wait_until_running(client, deployed.name)
+            wait_for_proxies(client, proxies)
+            yield Service(host, port, metrics_port, deployed, bool(certificate))
         finally:
-            _stop(name, stays=bool(address))
+            stop(deployed.name if deployed else "", stays=bool(address))
 
 
 @contextmanager
@@ -377,7 +198,7 @@ def _own_ray(config: dict[str, Any], host: str, port: int, metrics_port: int, ce
     try:
         prepare_environment(host, port, block, folder, certificate)
         import_serve()
-        _schema(config)  # a mistake shows before Ray starts
+        schema_of(config)  # a mistake shows before Ray starts
         start_ray(
             folder,
             namespace="serve",
@@ -387,7 +208,7 @@ def _own_ray(config: dict[str, Any], host: str, port: int, metrics_port: int, ce
         yield
     finally:
         lost = is_lost()
-        _stop("")
+        stop("")
         with suppress(KeyboardInterrupt):
             guardian.communicate(timeout=30)
         for socket_ in (*claims, claim):

@@ -16,9 +16,11 @@ from typing import Any
 import httpx
 
 from clipfleet.checkpoint import EMBEDDED, find_checkpoint
-from clipfleet.errors import SettingsError, SetupError
+from clipfleet.errors import ClipfleetError, SettingsError, SetupError
+from clipfleet.fingerprint import fingerprint
 from clipfleet.keys import KeyRing
 from clipfleet.settings import APPLICATION, ServiceSettings, service_settings
+from deployments import signals
 from deployments.local_ray import Service, local_service
 
 _READY_S = 120  # from running replicas to a first success of each
@@ -26,6 +28,7 @@ _READY_S = 120  # from running replicas to a first success of each
 
 def serve_until_stopped(
     config: dict[str, Any],
+    read_again: Callable[[], dict[str, Any]],
     *,
     model: str | None,
     host: str | None,
@@ -35,22 +38,17 @@ def serve_until_stopped(
     tls: Path | None,
     say: Callable[[str], Any],
 ) -> None:
-    """Serve a checked config file's content until Ctrl-C or SIGTERM. Raises SetupError and its kin."""
-    config = copy.deepcopy(config)
+    """Serve a checked config file's content until Ctrl-C or SIGTERM; SIGHUP reads it again. Raises SetupError and its kin."""
+    config = _prepared(config, model)
     http = config.get("http_options") or {}
-    arguments = _arguments(config)
-    if model is not None:
-        arguments["model"] = model
     listen: str = host or http.get("host", "127.0.0.1")
-    settings = service_settings(arguments)
+    settings = service_settings(_arguments(config))
     if not (open_to_all or KeyRing(settings.api_keys, settings.api_keys_file).asks or _is_loopback(listen)):
         raise SettingsError(
             f"{listen} can be reached from other machines, and no API keys are set. Make one with `clipfleet keys add NAME "
             "--file FILE` and set CLIPFLEET_API_KEYS_FILE=FILE, or say --open to serve whoever comes"
         )
     certificate = _check_certificate(tls) if tls else ""
-    if not os.environ.get("RAY_ADDRESS"):  # a remote cluster finds checkpoints for itself
-        arguments.update(_pinned(settings))
     try:
         with local_service(
             config,
@@ -59,11 +57,54 @@ def serve_until_stopped(
             metrics_port=metrics_port,
             certificate=certificate,
         ) as service:
-            prefix = (_application(config).get("route_prefix") or "/").rstrip("/")
-            say(f"clipfleet ready: {_url(service)}{prefix} model={wait_until_ready(service, prefix, arguments)}")
-            service.wait()
+            wait_until_ready(service, _prefix(config))
+            say(_ready(service, config))
+            signals.wait(lambda: _upgrade(service, lambda: _prepared(read_again(), model), say))
     except KeyboardInterrupt:  # during the start, which has cleaned up after itself
         return
+
+
+def _prepared(config: dict[str, Any], model: str | None) -> dict[str, Any]:
+    """The config with what the command line says of its application, and its checkpoint found."""
+    config = copy.deepcopy(config)
+    application = _application(config)
+    arguments = application["args"] = dict(application.get("args") or {})
+    if model is not None:
+        arguments["model"] = model
+    settings = service_settings(arguments)
+    if not os.environ.get("RAY_ADDRESS"):  # a remote cluster finds checkpoints for itself
+        arguments.update(_pinned(settings))
+    return config
+
+
+def _upgrade(service: Service, read: Callable[[], dict[str, Any]], say: Callable[[str], Any]) -> None:
+    """Put what the config file says now in place of what runs; where that fails, what runs goes on."""
+    say("clipfleet: reading the config file again")
+    try:
+        config = read()
+        service.deployed.upgrade(
+            config, lambda prefix: _is_ready(service, prefix)[0], same=_same_checkpoint(service, config)
+        )
+    except ClipfleetError as error:
+        say(f"clipfleet: nothing was changed: {error.message}")
+    else:
+        say(_ready(service, config))
+
+
+def _same_checkpoint(service: Service, config: dict[str, Any]) -> bool:
+    """Whether the running encoders have the very files that the config's checkpoint has now."""
+    from deployments.gate import FINGERPRINT_HEADER
+
+    settings = service_settings(_arguments(config))
+    now = fingerprint(find_checkpoint(settings.model), exif_orientation=settings.exif_orientation)
+    answer = _get(service, f"{_prefix(service.deployed.config)}/readyz")
+    return answer.headers.get(FINGERPRINT_HEADER) == now
+
+
+def _ready(service: Service, config: dict[str, Any]) -> str:
+    arguments = _arguments(config)
+    model = arguments.get("served_model_name") or arguments["model"]
+    return f"clipfleet ready: {_url(service)}{_prefix(config)} model={model}"
 
 
 def _check_certificate(file: Path) -> str:
@@ -93,9 +134,11 @@ def _application(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _arguments(config: dict[str, Any]) -> dict[str, Any]:
-    application = _application(config)
-    application["args"] = dict(application.get("args") or {})
-    return application["args"]
+    return _application(config)["args"]
+
+
+def _prefix(config: dict[str, Any]) -> str:
+    return (_application(config).get("route_prefix") or "/").rstrip("/")
 
 
 def _pinned(settings: ServiceSettings) -> dict[str, Any]:
@@ -117,20 +160,28 @@ def _url(service: Service) -> str:
     return f"{'https' if service.tls else 'http'}://{host}:{service.port}"
 
 
-def wait_until_ready(service: Service, prefix: str, arguments: dict[str, Any]) -> str:
-    """Wait for the first success of every deployment; returns the served id. Raises SetupError after two minutes."""
-    local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(service.host, service.host)
-    base = _url(replace(service, host=local))
+def wait_until_ready(service: Service, prefix: str) -> None:
+    """Wait for the first success of every deployment. Raises SetupError after two minutes."""
     deadline = time.monotonic() + _READY_S
     state = "no answer"
     while time.monotonic() < deadline:
-        try:
-            # Its certificate is made for the name that clients use.
-            answer = httpx.get(f"{base}{prefix}/readyz", timeout=10, trust_env=False, verify=False)
-            if answer.status_code == 200:
-                return arguments.get("served_model_name") or arguments["model"]
-            state = answer.text
-        except httpx.HTTPError as error:
-            state = str(error)
+        ready, state = _is_ready(service, prefix)
+        if ready:
+            return
         time.sleep(0.1)
     raise SetupError(f"the service did not become ready in {_READY_S} s: {state}")
+
+
+def _is_ready(service: Service, prefix: str) -> tuple[bool, str]:
+    """Whether the application at a route prefix works, and what it says of that."""
+    try:
+        answer = _get(service, f"{prefix}/readyz")
+    except httpx.HTTPError as error:
+        return False, str(error)
+    return answer.status_code == 200, answer.text
+
+
+def _get(service: Service, path: str) -> httpx.Response:
+    local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(service.host, service.host)
+    # Its certificate is made for the name that clients use.
+    return httpx.get(_url(replace(service, host=local)) + path, timeout=10, trust_env=False, verify=False)

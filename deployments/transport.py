@@ -28,7 +28,7 @@ def measure_transport(*, clients: int = 16, body_bytes: int = 100_000, requests:
     }
     port, metrics_port = _free_ports(2)
     with _alone(), local_service(config, port=port, metrics_port=metrics_port) as service:
-        wait_until_ready(service, "", {"model": "hollow"})
+        wait_until_ready(service, "")
         request = image_request([bytes(body_bytes)])
         url = f"http://127.0.0.1:{port}"
         run_load(url, itertools.repeat(request, 200), clients)

@@ -25,6 +25,8 @@ from PIL import Image
 from benchmarks import data
 from benchmarks.processes import memory
 from clipfleet import CLIPEmbedder
+from clipfleet.checkpoint import find_checkpoint
+from clipfleet.fingerprint import fingerprint
 from faults.report import Row
 from faults.served import ROOT, Served, config, serve
 from faults.traffic import Picture, Seen, post, traffic
@@ -34,12 +36,20 @@ CRASHING = b"clipfleet: end this process"  # injected/sitecustomize.py
 FORWARD_S = 4
 
 
-def pictures(model: str | Path, count: int = 96) -> list[Picture]:
-    """Photographs, and their vectors by the library."""
+def pictures(*models: str | Path, count: int = 96) -> list[Picture]:
+    """Photographs, with their vectors by the library."""
     files = data.files(data.photographs(data.LIBRARY_FILES))[:count]
+    vectors = {fingerprint(find_checkpoint(str(model))): _vectors(model, files) for model in models}
+    return [
+        Picture(file.read_bytes(), {made_by: found[number : number + 1] for made_by, found in vectors.items()})
+        for number, file in enumerate(files)
+    ]
+
+
+def _vectors(model: str | Path, files: Sequence[Path]) -> np.ndarray:
     with CLIPEmbedder(str(model), "cpu") as embedder:
-        vectors = asyncio.run(embedder.generate_embeddings_batch([str(file) for file in files], show_progress=False))
-    return [Picture(file.read_bytes(), vector) for file, vector in zip(files, vectors, strict=True)]
+        found = asyncio.run(embedder.generate_embeddings_batch([str(file) for file in files], show_progress=False))
+    return np.stack(found)
 
 
 def kill_replicas(served: Served, deployments: Sequence[str], every_s: float, seconds: float, least: int = 1) -> int:
@@ -67,7 +77,7 @@ def dying_replicas(model: str, folder: str | Path, seconds: float) -> list[Row]:
                 killed = kill_replicas(served, names, every, seconds)
                 time.sleep(3)
             what = " or ".join(names)
-            rows.append(_row(f"`kill -9` of a random {what} every {every:.0f} s, {model}", killed, seen))
+            rows.append(row_of(f"`kill -9` of a random {what} every {every:.0f} s, {model}", killed, seen))
             served.until_ready()
     return rows
 
@@ -92,12 +102,12 @@ def crashing_image(seconds: float) -> list[Row]:
     with injected(), serve(config({"ImageDecoder": 2}), "tiny") as served, traffic(served.port, shown, CLIENTS) as seen:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            status, body = post(served.port, jpeg.getvalue())
-            answers.append(f"{status} {json.loads(body)['error']['code']}")
+            answer = post(served.port, jpeg.getvalue())
+            answers.append(f"{answer.status} {json.loads(answer.body)['error']['code']}")
             print(f"{time.strftime('%T')} the crashing image got {answers[-1]}", flush=True)
             time.sleep(5)
     named = answers.count("422 image_crashed_decoder")
-    row = _row("an image that ends its decoder's process, every 5 s, tiny", len(answers), seen)
+    row = row_of("an image that ends its decoder's process, every 5 s, tiny", len(answers), seen)
     outcome = f"{named} of {len(answers)} named by 422 `image_crashed_decoder`; others: {row.outcome}"
     return [Row(row.fault, row.load, row.count, outcome, row.kept and named == len(answers) > 0)]
 
@@ -116,7 +126,7 @@ def failing_model(seconds: float) -> list[Row]:
                     time.sleep(pause)
                     done += not (flags / fault).exists()
                     print(f"{time.strftime('%T')} {fault}: {done} done", flush=True)
-            row = _row(f"a forward pass that {fault}s, tiny", done, seen)
+            row = row_of(f"a forward pass that {fault}s, tiny", done, seen)
             if fault == "raise":  # the batch gets 503 and is told to try again; nobody else may notice
                 row = replace(row, kept=done > 0 and not seen.wrong and set(seen.failures) <= {"status 503"})
             rows.append(row)
@@ -140,7 +150,7 @@ def _standing_still(served: Served, shown: Sequence[Picture]) -> Row:
         after = Counter(seen.failures)
         time.sleep(20)
     served.until_ready()
-    row = _row("SIGSTOP of an ImageEncoder, tiny", 1, seen)
+    row = row_of("SIGSTOP of an ImageEncoder, tiny", 1, seen)
     kept = not seen.wrong and set(seen.failures) <= {"status 504"} and seen.failures == after and replaced_s < 120
     return replace(row, outcome=f"{row.outcome}; replaced after {replaced_s:.0f} s", kept=kept)
 
@@ -159,7 +169,7 @@ def other_processes(seconds: float) -> list[Row]:
                     os.kill(pid, signal.SIGKILL)
                     killed += 1
                 time.sleep(seconds / 2)
-            rows.append(_row(f"`kill -9` of {what}, tiny", killed, seen))
+            rows.append(row_of(f"`kill -9` of {what}, tiny", killed, seen))
             served.until_ready()
     return rows
 
@@ -186,7 +196,7 @@ def leaving_clients(count: int = 500) -> list[Row]:
             time.sleep(5)
         after = memory(served.pid)
     grown = {name: after[name] - before[name] for name in after if after[name] - before.get(name, 0) > 50}
-    row = _row(
+    row = row_of(
         f"{count} clients that leave, 16 uploads of a byte a second, 32 half-open connections, tiny", count, seen
     )
     outcome = f"{row.outcome}; memory grew by {sum(after.values()) - sum(before.values()):+.0f} MB in all"
@@ -220,7 +230,8 @@ def _slow_upload(port: int, seconds: float) -> None:
     connection.close()
 
 
-def _row(fault: str, count: int, seen: Seen) -> Row:
+def row_of(fault: str, count: int, seen: Seen) -> Row:
+    """What came of `count` faults that the clients have seen."""
     print(f"{fault}: {count} times; {seen}", flush=True)
     return Row(fault, f"{CLIENTS} clients, photographs", count, str(seen), count > 0 and seen.failed == 0)
 

@@ -98,7 +98,7 @@ async def _offer(served: Served, shown: Sequence[Picture], factor: float, rate: 
 
 def measure(seconds: float) -> list[Row]:
     checkpoint = data.checkpoint()
-    shown = pictures(checkpoint, 48)
+    shown = pictures(checkpoint, count=48)
     with serve(config({}), checkpoint) as served:
         with traffic(served.port, shown) as seen:
             time.sleep(WARM_S)

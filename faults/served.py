@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -42,10 +42,29 @@ class Served:
 
     port: int
     pid: int
+    file: Path  # the config
+    log: IO[bytes]  # what it printed
+
+    def printed(self) -> str:
+        self.log.seek(0)
+        return self.log.read().decode(errors="replace")
+
+    def reload(self, settings: dict[str, Any], seconds: float = 180) -> str:
+        """Write another config, have it read by SIGHUP, and wait until the service says what came of it."""
+        before = self.printed()
+        self.file.write_text(yaml.safe_dump(settings))
+        os.kill(self.pid, signal.SIGHUP)
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            said = self.printed()[len(before) :]
+            if "clipfleet ready:" in said or "nothing was changed" in said:
+                return said
+            time.sleep(0.2)
+        raise TimeoutError(f"no word of a change within {seconds:.0f} s")
 
     def replicas(self, deployment: str) -> list[int]:
         """The process ids of a deployment's replicas."""
-        return [pid for pid, name in below(self.pid).items() if name == deployment]
+        return [pid for pid, name in below(self.pid).items() if name == deployment]  # of both applications in a change
 
     def processes(self) -> dict[int, str]:
         return below(self.pid)
@@ -65,21 +84,20 @@ class Served:
 
 
 @contextmanager
-def serve(settings: dict[str, Any], model: str | Path, port: int = 8470) -> Iterator[Served]:
-    """Serve `model` under a config file's content."""
+def serve(settings: dict[str, Any], model: str | Path | None, port: int = 8470) -> Iterator[Served]:
+    """Serve `model`, or the one that the config names, under a config file's content."""
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as log:
         file = Path(folder, "config.yaml")
         file.write_text(yaml.safe_dump(settings))
-        command = [sys.executable, "-m", "clipfleet.cli", "serve", file, "--model", model,
-                   "--port", port, "--metrics-port", port + 1]  # fmt: skip
+        command = [sys.executable, "-m", "clipfleet.cli", "serve", file, "--port", port, "--metrics-port", port + 1]
+        command += ["--model", model] if model else []
         process = subprocess.Popen([str(part) for part in command], cwd=ROOT, stdout=log, stderr=log)
-        served = Served(port, process.pid)
+        served = Served(port, process.pid, file, log)
         try:
             end = time.monotonic() + START_S
             while not served.ready():
                 if process.poll() is not None or time.monotonic() > end:
-                    log.seek(0)
-                    raise RuntimeError(f"the service did not start:\n{log.read().decode(errors='replace')[-3000:]}")
+                    raise RuntimeError(f"the service did not start:\n{served.printed()[-3000:]}")
                 time.sleep(0.2)
             yield served
         finally:

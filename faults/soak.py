@@ -30,7 +30,7 @@ CLIENTS = 8
 
 
 def measure(seconds: float, seed: int) -> list[Row]:
-    shown = [picture.body for picture in pictures("tiny", 32)]
+    shown = [picture.body for picture in pictures("tiny", count=32)]
     seen: Counter[str] = Counter()
     stop = threading.Event()
     with serve(config({}), "tiny") as served:

@@ -8,23 +8,37 @@ import itertools
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
-HEADERS = {"Accept": "application/x-npy", "Content-Type": "application/octet-stream"}
+OCTETS = "application/octet-stream"
 TOLERANCE = 1e-5
 TIMEOUT_S = 90
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An image file's content and its vector (d,); None where none is to be compared."""
+    """A request's body, of one image or of several, and their vectors (n, d) by the fingerprint that makes them."""
 
     body: bytes
-    vector: np.ndarray | None = None
+    vectors: Mapping[str, np.ndarray]
+    content_type: str = OCTETS
+
+    def is_answer(self, body: bytes, fingerprint: str | None) -> bool:
+        """Whether `body` holds the vectors of that fingerprint, and of no other."""
+        expected = self.vectors.get(fingerprint or "")
+        found = np.load(io.BytesIO(body))
+        return expected is not None and found.shape == expected.shape and np.abs(found - expected).max() <= TOLERANCE
+
+
+class Answer(NamedTuple):
+    status: int
+    body: bytes
+    fingerprint: str | None
 
 
 @dataclass
@@ -34,6 +48,7 @@ class Seen:
     answered: int = 0
     wrong: int = 0
     failures: Counter[str] = field(default_factory=Counter)
+    fingerprints: Counter[str] = field(default_factory=Counter)
     seconds: list[float] = field(default_factory=list)
     gap_s: float = 0.0
 
@@ -50,13 +65,16 @@ class Seen:
         )
 
 
-def post(port: int, body: bytes, connection: http.client.HTTPConnection | None = None) -> tuple[int, bytes]:
-    """Send one image; returns status and body of the answer. Raises OSError or HTTPException."""
+def post(
+    port: int, body: bytes, content_type: str = OCTETS, connection: http.client.HTTPConnection | None = None
+) -> Answer:
+    """Send images. Raises OSError or HTTPException."""
     own = connection or http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
     try:
-        own.request("POST", "/v1/embeddings/images", body, HEADERS)
+        headers = {"Accept": "application/x-npy", "Content-Type": content_type}
+        own.request("POST", "/v1/embeddings/images", body, headers)
         answer = own.getresponse()
-        return answer.status, answer.read()
+        return Answer(answer.status, answer.read(), answer.headers.get("X-Clipfleet-Fingerprint"))
     finally:
         if connection is None:
             own.close()
@@ -76,12 +94,14 @@ def traffic(port: int, pictures: Sequence[Picture], clients: int = 16) -> Iterat
                 break
             picture = pictures[number % len(pictures)]
             began = time.monotonic()
-            problem, right = None, True
+            problem, right, fingerprint = None, True, None
             try:
-                status, body = post(port, picture.body, connection)
-                problem = None if status == 200 else f"status {status}"
-                if status == 200 and picture.vector is not None:
-                    right = bool(np.abs(np.load(io.BytesIO(body))[0] - picture.vector).max() <= TOLERANCE)
+                answer = post(port, picture.body, picture.content_type, connection)
+                if answer.status == 200:
+                    right = picture.is_answer(answer.body, answer.fingerprint)
+                    fingerprint = answer.fingerprint
+                else:
+                    problem = f"status {answer.status}"
             except (OSError, http.client.HTTPException, ValueError) as error:
                 problem = type(error).__name__
                 connection.close()
@@ -92,6 +112,7 @@ def traffic(port: int, pictures: Sequence[Picture], clients: int = 16) -> Iterat
                     continue
                 seen.answered += 1
                 seen.wrong += not right
+                seen.fingerprints[fingerprint or "none"] += 1
                 seen.seconds.append(now - began)
                 seen.gap_s = max(seen.gap_s, now - last)
                 last = now

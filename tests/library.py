@@ -9,10 +9,10 @@ from clipfleet.images import decode
 
 
 class Library:
-    """The tiny checkpoint in this process."""
+    """A checkpoint in this process."""
 
-    def __init__(self) -> None:
-        self._encoder = Encoder("tiny", "cpu")
+    def __init__(self, checkpoint: str = "tiny") -> None:
+        self._encoder = Encoder(checkpoint, "cpu")
 
     def images(self, files: list[bytes]) -> np.ndarray:
         """Vectors (n, d) of encoded images."""

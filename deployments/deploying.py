@@ -1,0 +1,175 @@
+"""The application of a config file on a Serve: checked, deployed, waited for, taken off."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import sys
+import time
+from contextlib import suppress
+from typing import Any
+
+from clipfleet.errors import SettingsError, SetupError
+from deployments.private_ray import LOOPBACK, is_lost
+
+UNPLACED_S = 60  # a replica that no node has room for is waited for this long
+PROXIES_S = 60  # for Serve's proxies to start
+DRAIN_S = 40  # at a stop, requests in flight have this long to finish: their deadline, and some
+
+
+def schema_of(config: dict[str, Any]) -> Any:
+    """The config as Serve's own type, which checks what clipfleet.settings leaves to it. Raises SettingsError."""
+    from pydantic import ValidationError
+    from ray.serve.config import AutoscalingConfig
+    from ray.serve.schema import DeploymentSchema, ServeApplicationSchema, ServeDeploySchema
+
+    _refuse_unknown(config, ServeDeploySchema, "")  # Serve passes over what it does not know, a slip of the pen too
+    for application in config["applications"]:
+        _refuse_unknown(application, ServeApplicationSchema, "")
+        for deployment in application.get("deployments") or []:
+            where = f"{deployment.get('name')}."
+            _refuse_unknown(deployment, DeploymentSchema, where)
+            _refuse_unknown(deployment.get("autoscaling_config"), AutoscalingConfig, f"{where}autoscaling_config.")
+    try:
+        return ServeDeploySchema.model_validate(config)
+    except ValidationError as error:
+        problems = (f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors())
+        raise SettingsError("; ".join(problems)) from None
+
+
+def _refuse_unknown(values: Any, kind: Any, where: str) -> None:
+    for name in set(values if isinstance(values, dict) else ()) - set(kind.model_fields):
+        raise SettingsError(
+            f"{where}{name}: there is no such setting; there are {', '.join(sorted(kind.model_fields))}"
+        )
+
+
+def start_serve(options: dict[str, Any], host: str, port: int, logging_config: Any) -> tuple[Any, list[Any]]:
+    """Start Serve, or find the one that runs. Returns its client, and what tells that its proxies run.
+
+    Serve's own serve_start waits for the proxies; here the application is built meanwhile.
+    """
+    from ray.serve._private import api
+    from ray.serve._private.client import ServeControllerClient
+    from ray.serve.exceptions import RayServeException
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    behind_haproxy = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
+    options = {**options, "host": LOOPBACK if behind_haproxy else host, "port": port}
+    with suppress(RayServeException):
+        client: Any = api._get_global_client()
+        api._check_http_options(client, options)  # of a Serve that runs already; it warns
+        return client, []
+    controller, proxies = api._create_controller_and_proxy_refs(
+        options, None, logging_config, None, api._coerce_controller_options(None), "HeadOnly"
+    )
+    client = ServeControllerClient(controller)
+    api._set_global_client(client)
+    return client, proxies
+
+
+def deploy(client: Any, schema: Any) -> None:
+    """Ask Serve for the applications of `schema`."""
+    client.deploy_apps(_with_others(client, schema))
+
+
+def _with_others(client: Any, schema: Any) -> Any:
+    """The configuration together with applications of a running Serve, which would remove those that it does not name."""
+    ours = {application.name for application in schema.applications}
+    others = [
+        details["deployed_app_config"]
+        for name, details in client.get_serve_details().get("applications", {}).items()
+        if name not in ours and details.get("deployed_app_config")
+    ]
+    return type(schema).model_validate(
+        {
+            **schema.model_dump(exclude_unset=True),
+            "applications": [
+                *others,
+                *(application.model_dump(exclude_unset=True) for application in schema.applications),
+            ],
+        }
+    )
+
+
+def cause(message: str) -> str:
+    """The error that a status message of Serve ends in, without the traceback above it."""
+    lines = message.strip().splitlines()
+    starts = [number for number, line in enumerate(lines) if re.match(r"[A-Za-z_][\w.]*: \S", line)]
+    text = "\n".join(lines[starts[-1] if starts else -1 :])
+    return re.sub(r"^clipfleet\.errors\.\w+: ", "", text)
+
+
+def wait_until_running(client: Any, name: str) -> None:
+    """Raises SetupError if a deployment does not start, or finds no room."""
+    unplaced_since: float | None = None
+    while (status := client.get_serve_status(name)).app_status.status != "RUNNING":
+        for deployment in status.deployment_statuses:
+            if "failed to start" in deployment.message:
+                raise SetupError(f"{deployment.name} did not start: {cause(deployment.message)}")
+        if status.app_status.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            raise SetupError(f"{name} did not start: {cause(status.app_status.message)}")
+        waiting = [d for d in status.deployment_statuses if "to be scheduled" in d.message]
+        unplaced_since = (unplaced_since or time.monotonic()) if waiting else None
+        # Serve itself says so only after 30 s.
+        if unplaced_since and time.monotonic() - unplaced_since > UNPLACED_S - 30:
+            raise SetupError(_no_room(waiting[0].name, waiting[0].message))
+        time.sleep(0.2)
+
+
+def wait_for_proxies(client: Any, proxies: list[Any]) -> None:
+    """Raises SetupError if Serve's proxies do not start."""
+    import ray
+    from ray.exceptions import RayError
+
+    try:
+        ray.get(proxies, timeout=PROXIES_S)
+        client.wait_for_proxies_serving()
+    except (RayError, TimeoutError) as error:  # such as a port that is taken
+        raise SetupError(f"Serve's proxy did not start: {cause(str(error))}") from None
+
+
+def _no_room(deployment: str, message: str) -> str:
+    import ray
+
+    asked = re.search(r"Resources required for each replica: (\{.*?\})", message)
+    free = {name: n for name, n in ray.available_resources().items() if name in ("CPU", "GPU", "memory")}
+    return f"no room for a replica of {deployment} in {UNPLACED_S} s: it asks for {asked[1] if asked else '?'}, free are {free}"
+
+
+async def finish_requests(name: str) -> None:
+    """Wait until every ingress replica has answered what it holds; newcomers get 503.
+
+    Only then may the application go: Serve would take decoders and encoders away from requests that still need them.
+    """
+    from ray import serve
+
+    async with asyncio.timeout(DRAIN_S):
+        await serve.get_app_handle(name).broadcast("drain").results_async()
+
+
+def take_off(name: str) -> None:
+    """Remove an application from a Serve that goes on, when its requests are finished."""
+    from ray import serve
+
+    with suppress(Exception):
+        asyncio.run(finish_requests(name))
+    serve.delete(name, _blocking=False)
+
+
+def stop(name: str, *, stays: bool = False) -> None:
+    """Finish the requests of application `name`, if any, and let go of Ray, which may be one that stays."""
+    if "ray" not in sys.modules or is_lost():
+        return
+    import ray
+
+    with suppress(Exception, KeyboardInterrupt):  # a second Ctrl-C ends the patience, not the cleaning up
+        if name and ray.is_initialized():
+            if stays:
+                take_off(name)
+            else:
+                asyncio.run(finish_requests(name))
+    with suppress(Exception, KeyboardInterrupt):
+        ray.shutdown()
