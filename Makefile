@@ -13,7 +13,7 @@ SUITABLE := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test check bench chaos fuzz soak clean
+.PHONY: help setup demo test check bench chaos plot fuzz soak clean
 
 help:
 	@echo 'make setup   make .venv and install the pinned versions and this tree (editable)'
@@ -22,6 +22,7 @@ help:
 	@echo 'make check   set up, then lint, formatting and types'
 	@echo 'make bench   set up, then measure against the alternatives (an hour; ARGS=library for a part)'
 	@echo 'make chaos   set up, then kill, hang and overload what is served, under load (half an hour)'
+	@echo 'make plot    draw what make chaos measured of overload: docs/overload.svg'
 	@echo 'make fuzz    set up, then send damaged files through the decoder and over HTTP (ARGS="--seed 7")'
 	@echo 'make soak    set up, then half an hour of mixed load: nothing may grow'
 	@echo 'make clean   remove .venv and all that builds, tests and the demo wrote'
@@ -55,8 +56,11 @@ bench: setup
 	@$(BIN)/python -m benchmarks $(ARGS)
 
 chaos: setup
-	@$(BIN)/python -m faults chaos $(ARGS)
-	@$(BIN)/python -m faults overload $(ARGS)
+	@status=0; for kind in chaos upgrades nodes overload; do $(BIN)/python -m faults $$kind $(ARGS) || status=1; done; exit $$status
+
+plot: setup
+	@$(PIP_INSTALL) matplotlib
+	@$(BIN)/python -m faults.plot build/overload.json docs/overload.svg
 
 fuzz: setup
 	@$(BIN)/python -m faults fuzz $(ARGS)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -36,6 +38,15 @@ class Offered:
     others: Counter[str] = field(default_factory=Counter)
     without_advice: int = 0  # refusals that lack Retry-After
     megabytes: float = 0.0
+
+    def figures(self) -> dict[str, float]:
+        """What plot.py draws."""
+        return {
+            "factor": self.factor,
+            "accepted_rate": len(self.accepted) / self.seconds,
+            "refused_rate": len(self.refused) / self.seconds,
+            "megabytes": self.megabytes,
+        }
 
     def __str__(self) -> str:
         others = f", {dict(self.others)}" if self.others else ""
@@ -108,6 +119,8 @@ def measure(seconds: float) -> list[Row]:
             found.append(asyncio.run(_offer(served, shown, factor, factor * capacity, seconds)))
             print(found[-1], flush=True)
         served.until_ready()
+    Path("build").mkdir(exist_ok=True)
+    Path("build", "overload.json").write_text(json.dumps([each.figures() for each in found]))
     best = max(len(each.accepted) for each in found) / seconds
     rows = []
     for each in found:
