@@ -11,7 +11,7 @@ import argparse
 import random
 import sys
 
-from faults import chaos, fuzz, nodes, overload, soak, upgrades
+from faults import chaos, deploys, fuzz, nodes, overload, soak, upgrades
 from faults.report import table
 
 
@@ -27,7 +27,7 @@ def main() -> None:
     if arguments.kind == "chaos":
         rows = chaos.measure(arguments.seconds)
     elif arguments.kind == "upgrades":
-        rows = upgrades.measure()
+        rows = [*upgrades.measure(), *deploys.measure()]
     elif arguments.kind == "nodes":
         rows = nodes.dying_node()
     elif arguments.kind == "overload":

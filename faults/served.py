@@ -36,6 +36,13 @@ def config(replicas: dict[str, int], **arguments: Any) -> dict[str, Any]:
     return changed
 
 
+def is_ready(port: int) -> bool:
+    """What /readyz says."""
+    with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=10) as answer:
+        return answer.status == 200
+    return False
+
+
 @dataclass(frozen=True)
 class Served:
     """A running service."""
@@ -71,9 +78,7 @@ class Served:
 
     def ready(self) -> bool:
         """What /readyz says."""
-        with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{self.port}/readyz", timeout=10) as answer:
-            return answer.status == 200
-        return False
+        return is_ready(self.port)
 
     def until_ready(self, seconds: float = 120) -> None:
         end = time.monotonic() + seconds
