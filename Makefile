@@ -20,7 +20,7 @@ help:
 	@echo 'make demo    set up, then serve, embed, rank and run the job on pictures, and stop'
 	@echo 'make test    set up, then run every test'
 	@echo 'make check   set up, then lint, formatting and types'
-	@echo 'make bench   set up, then measure against the alternatives (an hour; ARGS=library for a part)'
+	@echo 'make bench   set up, then measure against the alternatives (40 minutes; ARGS=library for a part)'
 	@echo 'make chaos   set up, then kill, hang and overload what is served, under load (half an hour)'
 	@echo 'make plot    draw what make chaos measured of overload: docs/overload.svg'
 	@echo 'make fuzz    set up, then send damaged files through the decoder and over HTTP (ARGS="--seed 7")'

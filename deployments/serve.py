@@ -39,15 +39,14 @@ def serve_until_stopped(
     say: Callable[[str], Any],
 ) -> None:
     """Serve a checked config file's content until Ctrl-C or SIGTERM; SIGHUP reads it again. Raises SetupError and its kin."""
-    config = _prepared(config, model)
     http = config.get("http_options") or {}
     listen: str = host or http.get("host", "127.0.0.1")
-    settings = service_settings(_arguments(config))
-    if not (open_to_all or KeyRing(settings.api_keys, settings.api_keys_file).asks or _is_loopback(listen)):
-        raise SettingsError(
-            f"{listen} can be reached from other machines, and no API keys are set. Make one with `clipfleet keys add NAME "
-            "--file FILE` and set CLIPFLEET_API_KEYS_FILE=FILE, or say --open to serve whoever comes"
-        )
+    needs_keys = not (open_to_all or _is_loopback(listen))
+
+    def prepared(config: dict[str, Any]) -> dict[str, Any]:
+        return _prepared(config, model, listen if needs_keys else None)
+
+    config = prepared(config)
     certificate = _check_certificate(tls) if tls else ""
     try:
         with local_service(
@@ -59,19 +58,25 @@ def serve_until_stopped(
         ) as service:
             wait_until_ready(service, _prefix(config))
             say(_ready(service, config))
-            signals.wait(lambda: _upgrade(service, lambda: _prepared(read_again(), model), say))
+            signals.wait(lambda: _upgrade(service, lambda: prepared(read_again()), say))
     except KeyboardInterrupt:  # during the start, which has cleaned up after itself
         return
 
 
-def _prepared(config: dict[str, Any], model: str | None) -> dict[str, Any]:
-    """The config with what the command line says of its application, and its checkpoint found."""
+def _prepared(config: dict[str, Any], model: str | None, public: str | None) -> dict[str, Any]:
+    """The config with what the command line says of its application, and its checkpoint found. `public` is the address that
+    others reach and must have keys for."""
     config = copy.deepcopy(config)
     application = _application(config)
     arguments = application["args"] = dict(application.get("args") or {})
     if model is not None:
         arguments["model"] = model
     settings = service_settings(arguments)
+    if public and not KeyRing(settings.api_keys, settings.api_keys_file).asks:
+        raise SettingsError(
+            f"{public} can be reached from other machines, and no API keys are set. Make one with `clipfleet keys add NAME "
+            "--file FILE` and set CLIPFLEET_API_KEYS_FILE=FILE, or say --open to serve whoever comes"
+        )
     if not os.environ.get("RAY_ADDRESS"):  # a remote cluster finds checkpoints for itself
         arguments.update(_pinned(settings))
     return config
@@ -87,6 +92,8 @@ def _upgrade(service: Service, read: Callable[[], dict[str, Any]], say: Callable
         )
     except ClipfleetError as error:
         say(f"clipfleet: nothing was changed: {error.message}")
+    except Exception as error:  # of Ray or the network: no reason to stop what works
+        say(f"clipfleet: nothing was changed: {type(error).__name__}: {error}")
     else:
         say(_ready(service, config))
 
