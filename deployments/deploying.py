@@ -7,8 +7,10 @@ import logging
 import os
 import re
 import sys
+import threading
 import time
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any
 
 from clipfleet.errors import SettingsError, SetupError
@@ -139,15 +141,31 @@ def _no_room(deployment: str, message: str) -> str:
     return f"no room for a replica of {deployment} in {UNPLACED_S} s: it asks for {asked[1] if asked else '?'}, free are {free}"
 
 
-async def finish_requests(name: str) -> None:
+def ask_ingresses(name: str, method: str, timeout_s: float) -> list[Any]:
+    """Call a method of every ingress replica of application `name`. Raises TimeoutError, or what the call raised."""
+
+    async def ask() -> list[Any]:
+        from ray import serve
+
+        return await serve.get_app_handle(name).broadcast(method).results_async()
+
+    return asyncio.run_coroutine_threadsafe(ask(), _calls()).result(timeout_s)
+
+
+@lru_cache(maxsize=1)
+def _calls() -> asyncio.AbstractEventLoop:
+    """An event loop that always runs: Serve stops telling a handle about its replicas when its loop pauses."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="calls", daemon=True).start()
+    return loop
+
+
+def finish_requests(name: str) -> None:
     """Wait until every ingress replica has answered what it holds; newcomers get 503.
 
     Only then may the application go: Serve would take decoders and encoders away from requests that still need them.
     """
-    from ray import serve
-
-    async with asyncio.timeout(DRAIN_S):
-        await serve.get_app_handle(name).broadcast("drain").results_async()
+    ask_ingresses(name, "drain", DRAIN_S)
 
 
 def take_off(name: str) -> None:
@@ -155,7 +173,7 @@ def take_off(name: str) -> None:
     from ray import serve
 
     with suppress(Exception):
-        asyncio.run(finish_requests(name))
+        finish_requests(name)
     serve.delete(name, _blocking=False)
 
 
@@ -170,6 +188,6 @@ def stop(name: str, *, stays: bool = False) -> None:
             if stays:
                 take_off(name)
             else:
-                asyncio.run(finish_requests(name))
+                finish_requests(name)
     with suppress(Exception, KeyboardInterrupt):
         ray.shutdown()

@@ -144,10 +144,30 @@ def edit(config: str, folder: Path, host: str, port: str, certificate: str = "")
     return config
 
 
+def with_servers(config: str, known: dict[str, str]) -> tuple[str, dict[str, str]]:
+    """The edited configuration, in which a backend without servers has those that it had last; and each backend's servers.
+
+    Serve leaves out replicas for the moment in which it reconfigures them, although they go on answering. Where they are gone
+    for good HAProxy finds that out, and answers 503 as it would without servers.
+    """
+    sections = re.split(r"^(?=\S)", config, flags=re.MULTILINE)
+    found: dict[str, str] = {}
+    for number, section in enumerate(sections):
+        if backend := re.match(r"backend (http-\S+)", section):
+            servers = "".join(re.findall(r"^    server .*\n", section, re.MULTILINE))
+            if not servers and (servers := known.get(backend[1], "")):
+                sections[number] = f"{section.rstrip()}\n{servers}"
+            found[backend[1]] = servers
+    return "".join(sections), found
+
+
 def edit_file(path: Path, host: str, port: str, certificate: str) -> None:
     write_answers(path.parent)
-    edited = path.with_suffix(".edited")
-    edited.write_text(edit(path.read_text(), path.parent, host, port, certificate))
+    edited, servers = path.with_suffix(".edited"), path.with_suffix(".servers")
+    known = json.loads(servers.read_text()) if servers.exists() else {}
+    config, known = with_servers(edit(path.read_text(), path.parent, host, port, certificate), known)
+    servers.write_text(json.dumps(known))
+    edited.write_text(config)
     edited.replace(path)  # in place: Serve knows its own workers by this path on their command line
 
 

@@ -30,7 +30,7 @@ from clipfleet.errors import (
 from clipfleet.keys import KeyRing
 from clipfleet.settings import ServiceSettings
 from clipfleet.vectors import DType, rank, to_base64, to_npy
-from deployments import collector, schemas
+from deployments import collector, prefixes, schemas
 from deployments.admission import Admission
 from deployments.bodies import Body, parse_json
 from deployments.cache import VectorCache
@@ -60,6 +60,7 @@ class Ingress:
         text_encoder: DeploymentHandle,
     ) -> None:
         check_own_scaling()
+        prefixes.accept_any()
         self._settings = settings
         self._limits = settings.limits
         self._admission = Admission(settings.limits)

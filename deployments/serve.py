@@ -49,16 +49,21 @@ def serve_until_stopped(
     config = prepared(config)
     certificate = _check_certificate(tls) if tls else ""
     try:
-        with local_service(
-            config,
-            host=listen,
-            port=port or http.get("port", 8000),
-            metrics_port=metrics_port,
-            certificate=certificate,
-        ) as service:
+        with (
+            signals.hangups() as hangup,
+            local_service(
+                config,
+                host=listen,
+                port=port or http.get("port", 8000),
+                metrics_port=metrics_port,
+                certificate=certificate,
+            ) as service,
+        ):
             wait_until_ready(service, _prefix(config))
             say(_ready(service, config))
-            signals.wait(lambda: _upgrade(service, lambda: prepared(read_again()), say))
+            while hangup.wait():
+                hangup.clear()
+                _upgrade(service, lambda: prepared(read_again()), say)
     except KeyboardInterrupt:  # during the start, which has cleaned up after itself
         return
 

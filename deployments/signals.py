@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def _interrupt(*_: object) -> None:
@@ -18,8 +19,9 @@ def stop_on_signals() -> None:
         signal.signal(number, _interrupt)
 
 
-def wait(hangup: Callable[[], None]) -> None:
-    """Call `hangup` at each SIGHUP, until SIGINT or SIGTERM raises KeyboardInterrupt, here or in it.
+@contextmanager
+def hangups() -> Iterator[threading.Event]:
+    """Yields an event that each SIGHUP sets.
 
     The kernel sends SIGHUP too when a command's terminal goes away, which stops it unless it was started with nohup.
     """
@@ -31,14 +33,11 @@ def wait(hangup: Callable[[], None]) -> None:
         if not had_terminal or _has_terminal():
             came.set()
         elif not ignored:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGTERM)
 
     before = signal.signal(signal.SIGHUP, note)
     try:
-        while True:
-            came.wait()
-            came.clear()
-            hangup()
+        yield came
     finally:
         signal.signal(signal.SIGHUP, before)
 

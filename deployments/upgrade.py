@@ -7,7 +7,6 @@ prefixes, and the old one goes when it has nothing left to answer.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,7 +15,7 @@ from typing import Any
 
 from clipfleet.errors import SetupError
 from clipfleet.settings import APPLICATION
-from deployments.deploying import deploy, schema_of, take_off, wait_until_running
+from deployments.deploying import ask_ingresses, deploy, schema_of, take_off, wait_until_running
 
 NAMES = (APPLICATION, f"{APPLICATION}_next")  # they take turns
 NEXT, PREVIOUS = "/-clipfleet-next", "/-clipfleet-previous"  # prefixes of the one that waits, and of the one that goes
@@ -65,7 +64,7 @@ class Deployed:
         self.name = new
         wait_until_running(self.client, new)
         with suppress(SetupError):  # it may have clients that never pause
-            _wait(lambda: asyncio.run(_quiet_seconds(old)) > QUIET_S, "")
+            _wait(lambda: _quiet_seconds(old) > QUIET_S, "")
         self._take_off(old)
 
     def _take_off(self, name: str) -> None:
@@ -74,11 +73,12 @@ class Deployed:
             _wait(lambda: name not in [status.name for status in self.client.list_serve_statuses()], "")
 
 
-async def _quiet_seconds(name: str) -> float:
-    """Seconds since any ingress replica of the application had a request."""
-    from ray import serve
-
-    return min(await serve.get_app_handle(name).broadcast("quiet_seconds").results_async(), default=float("inf"))
+def _quiet_seconds(name: str) -> float:
+    """Seconds since any ingress replica of the application had a request; 0 where one does not answer."""
+    try:
+        return min(ask_ingresses(name, "quiet_seconds", 10), default=float("inf"))
+    except Exception:  # a replica that has just died
+        return 0.0
 
 
 def _wait(condition: Callable[[], bool], otherwise: str) -> None:

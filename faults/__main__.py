@@ -27,7 +27,7 @@ def main() -> None:
     if arguments.kind == "chaos":
         rows = chaos.measure(arguments.seconds)
     elif arguments.kind == "upgrades":
-        rows = [*upgrades.measure(), *deploys.measure()]
+        rows = [*deploys.measure(), *upgrades.measure()]
     elif arguments.kind == "nodes":
         rows = nodes.dying_node()
     elif arguments.kind == "overload":

@@ -47,10 +47,7 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
         [str(part) for part in command], env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
-        yield variables | {
-            "RAY_ADDRESS": f"127.0.0.1:{gcs}",
-            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
-        }
+        yield variables | {"RAY_DASHBOARD_ADDRESS": f"http://127.0.0.1:{dashboard}"}
     finally:
         left = below(head.pid)
         head.send_signal(signal.SIGTERM)

@@ -26,13 +26,15 @@ DEMO = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
 
 
 def config(replicas: dict[str, int], **arguments: Any) -> dict[str, Any]:
-    """configs/demo.yaml with so many replicas of each deployment, and other `args`."""
+    """configs/demo.yaml with so many replicas of each deployment, and other `args`. They reserve little, to find room."""
     changed = deepcopy(DEMO)
     application = changed["applications"][0]
-    application["args"] |= arguments
+    application["args"] |= {"cpus_per_replica": 0.1, **arguments}
     for deployment in application["deployments"]:
         deployment.pop("autoscaling_config", None)
         deployment["num_replicas"] = replicas.get(deployment["name"], 1)
+        if "ray_actor_options" in deployment:
+            deployment["ray_actor_options"] = {"num_cpus": 0.05}
     return changed
 
 
@@ -53,8 +55,8 @@ class Served:
     log: IO[bytes]  # what it printed
 
     def printed(self) -> str:
-        self.log.seek(0)
-        return self.log.read().decode(errors="replace")
+        # The service writes at the position that this descriptor has too.
+        return os.pread(self.log.fileno(), 2**24, 0).decode(errors="replace")
 
     def reload(self, settings: dict[str, Any], seconds: float = 180) -> str:
         """Write another config, have it read by SIGHUP, and wait until the service says what came of it."""
@@ -100,7 +102,7 @@ def serve(settings: dict[str, Any], model: str | Path | None, port: int = 8470) 
         served = Served(port, process.pid, file, log)
         try:
             end = time.monotonic() + START_S
-            while not served.ready():
+            while "clipfleet ready:" not in served.printed():
                 if process.poll() is not None or time.monotonic() > end:
                     raise RuntimeError(f"the service did not start:\n{served.printed()[-3000:]}")
                 time.sleep(0.2)
