@@ -10,17 +10,15 @@ local_ray.py writes the launcher that names it, since a wheel need not keep the 
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import importlib.util
 import json
 import os
 import re
 import shlex
-import signal
 import sys
 from pathlib import Path
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 BUFFER_BYTES = 4 * 2**20
 BUFFER_BYTES_ALONE = 2**20  # in front of one replica
 HOT_BYTES = 16 * BUFFER_BYTES
@@ -171,10 +169,14 @@ def edit_file(path: Path, host: str, port: str, certificate: str) -> None:
     edited.replace(path)  # in place: Serve knows its own workers by this path on their command line
 
 
-def die_with_parent() -> None:
-    """HAProxy is to end with the Serve actor that started it, also when that is killed; it survives exec."""
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+def take_over(path: Path) -> list[str]:
+    """Arguments that have an HAProxy whose manager was killed hand over, as at a reload. It has gone on alone until now."""
+    pid = path.with_suffix(".pid")
+    with contextlib.suppress(OSError):
+        left = pid.read_text()
+        if str(path).encode() in Path("/proc", left, "cmdline").read_bytes().split(b"\0"):
+            return ["-sf", left]
+    return []
 
 
 def haproxy_binary() -> Path | None:
@@ -233,10 +235,16 @@ def haproxy_environment(
 
 
 def main(binary: str, host: str, port: str, certificate: str, *arguments: str) -> None:
-    die_with_parent()
+    command = [binary, *arguments]
     if "-f" in arguments:
-        edit_file(Path(arguments[arguments.index("-f") + 1]), host, port, certificate)
-    os.execv(binary, [binary, *arguments])
+        path = Path(arguments[arguments.index("-f") + 1])
+        edit_file(path, host, port, certificate)
+        if "-sf" not in arguments:
+            command += take_over(path)
+        path.with_suffix(".pid").write_text(str(os.getpid()))  # exec keeps it
+    with contextlib.suppress(OSError):
+        os.setpgid(0, 0)  # Ray ends the process group of a worker that dies
+    os.execv(binary, command)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,12 @@ from faults.traffic import Picture, Seen, post, traffic
 CLIENTS = 16
 CRASHING = b"clipfleet: end this process"  # injected/sitecustomize.py
 FORWARD_S = 4
+GAP_S = 2.0
+PROCESSES = (
+    ("ServeController", "the Serve controller"),
+    ("haproxy", "HAProxy"),
+    ("HAProxyManager", "Serve's HAProxyManager"),
+)
 
 
 def pictures(*models: str | Path, count: int = 96) -> list[Picture]:
@@ -156,11 +162,11 @@ def _standing_still(served: Served, shown: Sequence[Picture]) -> Row:
 
 
 def other_processes(seconds: float) -> list[Row]:
-    """The Serve controller and HAProxy."""
+    """The Serve controller, HAProxy, and the actor of Serve that owns it."""
     shown = pictures("tiny")
     rows = []
     with serve(config({"Ingress": 2, "ImageDecoder": 2}), "tiny") as served:
-        for name, what in (("ServeController", "the Serve controller"), ("haproxy", "HAProxy")):
+        for name, what in PROCESSES:
             killed = 0
             with traffic(served.port, shown, CLIENTS) as seen:
                 time.sleep(3)
@@ -169,7 +175,10 @@ def other_processes(seconds: float) -> list[Row]:
                     os.kill(pid, signal.SIGKILL)
                     killed += 1
                 time.sleep(seconds / 2)
-            rows.append(row_of(f"`kill -9` of {what}, tiny", killed, seen))
+            row = row_of(f"`kill -9` of {what}, tiny", killed, seen)
+            if name == "haproxy":  # its connections go with it; the promise is that there is another at once
+                row = replace(row, kept=killed > 0 and not seen.wrong and seen.gap_s < GAP_S)
+            rows.append(row)
             served.until_ready()
     return rows
 

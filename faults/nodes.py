@@ -26,15 +26,15 @@ NODE_CPUS = 2
 def second_node(served: Served) -> Iterator[int]:
     """Another raylet on this machine that joins the service's Ray; yields the process id of its `ray start`."""
     titles = {pid: Path("/proc", str(pid), "cmdline").read_text().replace("\0", " ") for pid in served.processes()}
-    (gcs,) = [title for title in titles.values() if "gcs_server" in title.split(" ")[0]]
-    (raylet,) = [pid for pid, title in titles.items() if title.split(" ")[0].endswith("raylet")]
-    port = re.search(r"--gcs_server_port=(\d+)", gcs)
-    assert port, gcs
+    ((raylet, title),) = [item for item in titles.items() if item[1].split(" ")[0].endswith("raylet")]
+    address = re.search(r"--gcs-address=(\S+)", title)
+    assert address, title
     # What the service's own Ray runs under: its folder, its token, and how Serve is set.
     variables = dict(
         entry.partition("=")[::2] for entry in Path("/proc", str(raylet), "environ").read_text().split("\0") if entry
     )
-    command = [Path(sys.executable).parent / "ray", "start", "--address", f"127.0.0.1:{port[1]}", "--block",
+    variables["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "1"  # which the service's Ray sets to 0, to stay on loopback
+    command = [Path(sys.executable).parent / "ray", "start", "--address", address[1], "--block",
                "--node-ip-address", "127.0.0.1", "--num-cpus", str(NODE_CPUS)]  # fmt: skip
     node = subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:

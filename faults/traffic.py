@@ -18,6 +18,7 @@ import numpy as np
 OCTETS = "application/octet-stream"
 TOLERANCE = 1e-5
 TIMEOUT_S = 90
+PAUSE_S = 0.05  # of a client whose connection failed
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ def traffic(port: int, pictures: Sequence[Picture], clients: int = 16) -> Iterat
             except (OSError, http.client.HTTPException, ValueError) as error:
                 problem = type(error).__name__
                 connection.close()
+                time.sleep(PAUSE_S)
             now = time.monotonic()
             with lock:
                 if problem:
