@@ -11,7 +11,7 @@ import argparse
 import random
 import sys
 
-from faults import chaos, fuzz, overload, schema, soak
+from faults import chaos, fuzz, overload, schema, soak, uploads
 from faults.report import table
 
 
@@ -25,7 +25,7 @@ def main() -> None:
     random.seed(arguments.seed)
     print(f"seed {arguments.seed}", flush=True)
     if arguments.kind == "chaos":
-        rows = chaos.measure(arguments.seconds)
+        rows = [*chaos.measure(arguments.seconds), *uploads.measure(arguments.seconds)]
     elif arguments.kind == "overload":
         rows = overload.measure(arguments.seconds)
     elif arguments.kind == "schema":
