@@ -22,7 +22,7 @@ from tests.test_image_limits import headers as promises
 MIB = 2**20
 URL = "/v1/embeddings/images"
 TEXT = b'{"input": "a red circle"}'
-SOON_S = 5.0  # far above what any of these takes, far below what one that stops the ingress would take
+SOON_S = 10.0  # far above what any of these takes, far below what one that stops the ingress would take
 
 
 @contextmanager
@@ -331,7 +331,7 @@ END = b"--cut--\r\n"
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_multipart(service: Service, name: str, body: bytes, status: int, code: str) -> None:
-    with bounded(service, 3 * len(body) / MIB + 10):
+    with bounded(service, 5 * len(body) / MIB + 10):  # a file is joined, packed and sent to a decoder
         answer = one(service, request(body, "Content-Type: multipart/form-data; boundary=cut", path=URL))
     assert (answer.status, answer.error["code"]) == (status, code)
     assert len(answer.body) < 1000
