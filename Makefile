@@ -23,7 +23,7 @@ help:
 	@echo 'make bench   set up, then measure against the alternatives (40 minutes; ARGS=library for a part)'
 	@echo 'make chaos   set up, then kill, hang and overload what is served, under load (half an hour)'
 	@echo 'make plot    draw what make chaos measured of overload: docs/overload.svg'
-	@echo 'make fuzz    set up, then send damaged files through the decoder and over HTTP (ARGS="--seed 7")'
+	@echo 'make fuzz    set up, then send damaged files and odd requests (ARGS="--seed 7")'
 	@echo 'make soak    set up, then half an hour of mixed load: nothing may grow'
 	@echo 'make clean   remove .venv and all that builds, tests and the demo wrote'
 
@@ -64,6 +64,7 @@ plot: setup
 
 fuzz: setup
 	@$(BIN)/python -m faults fuzz $(ARGS)
+	@$(BIN)/python -m faults schema $(ARGS)
 
 soak: setup
 	@$(BIN)/python -m faults soak --seconds 1800 $(ARGS)

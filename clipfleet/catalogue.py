@@ -11,19 +11,19 @@ from clipfleet.errors import Unavailable
 
 
 def served_models(url: str, api_key: str | None = None) -> list[dict[str, Any]]:
-    """What `/v1/models` of the service at `url` lists. Raises Unavailable."""
+    """What `/v1/models` of the service at `url` lists. Raises Unavailable, or SettingsError for no address."""
     import httpx
 
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    from clipfleet.connection import connect
+
     try:
-        # A proxy of the environment is for other machines.
-        local = httpx.URL(url).host in ("127.0.0.1", "::1", "localhost")
-        answer = httpx.get(url.rstrip("/") + "/v1/models", headers=headers, timeout=30, trust_env=not local)
+        with connect(url, api_key) as http:
+            answer = http.get("/v1/models")
         answer.raise_for_status()
         return answer.json()["data"]
     except httpx.HTTPStatusError as error:
         raise Unavailable(f"{url} answered {error.response.status_code}: {error.response.text[:500]}") from error
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
+    except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
         raise Unavailable(f"no clipfleet service at {url}: {error}") from error
 
 

@@ -44,6 +44,7 @@ Instances survive pickling with their data, because they cross processes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 
@@ -68,6 +69,17 @@ class ClipfleetError(Exception):
     def at(self, index: int) -> ClipfleetError:
         """The same error, for the item at `index`."""
         return _rebuild(type(self), self.message, index, self.data)
+
+
+def by_code(code: str) -> type[ClipfleetError] | None:
+    """The class of a code, the most particular one where a class shares its parent's; None where no class has it."""
+
+    def below(kind: type[ClipfleetError]) -> Iterator[type[ClipfleetError]]:
+        yield kind
+        for child in kind.__subclasses__():
+            yield from below(child)
+
+    return {kind.code: kind for kind in below(ClipfleetError)}.get(code)
 
 
 def _rebuild(kind: type[ClipfleetError], message: str, index: int | None, data: dict[str, Any]) -> ClipfleetError:

@@ -25,24 +25,33 @@ _BODIES: dict[str, dict[str, Any]] = {
     "/v1/embeddings/images": {
         "image/*": _BINARY,
         "application/octet-stream": _BINARY,
-        "multipart/form-data": {"schema": _FILES},
+        "multipart/form-data": {"schema": _FILES, "encoding": {"files": {"contentType": "image/*"}}},
     },
     "/v1/rank": {"application/json": {"schema": {"$ref": _REF + "RankRequest"}}},
 }
+_DEADLINE = {
+    "name": "X-Deadline-Ms",
+    "in": "header",
+    "required": False,
+    "description": "A deadline sooner than the service's own, in milliseconds from now.",
+    "schema": {"type": "integer", "minimum": 1, "maximum": 10**15 - 1},
+}
+_ERRORS = {"description": "The bad rows: a JSON list of index and code.", "schema": {"type": "string"}}
+_KEYS = {"apiKey": {"type": "http", "scheme": "bearer"}}
 
 
-def add_schemas(app: FastAPI) -> None:
-    """Let the application's OpenAPI document show the bodies that the routes read by themselves."""
+def add_schemas(app: FastAPI, *, asks_keys: bool) -> None:
+    """Let the application's OpenAPI document show what the routes read by themselves: bodies, the deadline, the key."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = _document(app)
+            app.openapi_schema = _document(app, asks_keys)
         return app.openapi_schema
 
     app.openapi = openapi  # the hook that FastAPI documents for this
 
 
-def _document(app: FastAPI) -> dict[str, Any]:
+def _document(app: FastAPI, asks_keys: bool) -> dict[str, Any]:
     from clipfleet import __version__
 
     document = get_openapi(
@@ -51,21 +60,37 @@ def _document(app: FastAPI) -> dict[str, Any]:
         description="CLIP vectors for images and texts.",
         routes=app.routes,
     )
-    known = document["components"]["schemas"]
+    known, paths = document["components"]["schemas"], document["paths"]
     for kind in (EmbeddingsRequest, RankRequest):
         schema = kind.model_json_schema(ref_template=_REF + "{model}")
         known.update(schema.pop("$defs", {}))
         known[kind.__name__] = schema
     for path, content in _BODIES.items():
-        document["paths"][path]["post"]["requestBody"] = {"required": True, "content": content}
-    for name in ("HTTPValidationError", "ValidationError"):  # ours answer 400 with ErrorResponse
-        known.pop(name, None)
+        paths[path]["post"]["requestBody"] = {"required": True, "content": content}
+        paths[path]["post"].setdefault("parameters", []).append(_DEADLINE)
+    _without_the_frameworks_errors(document)
+    npy = paths["/v1/embeddings/images"]["post"]["responses"]["200"]
+    npy["content"]["application/x-npy"] = _BINARY
+    npy["headers"] = npy["headers"] | {"X-Clipfleet-Errors": _ERRORS}
+    # While not ready it answers with what is missing; while stopping, or without a replica, with an error.
+    unready = paths["/readyz"]["get"]["responses"]["503"]["content"]["application/json"]
+    unready["schema"] = {"anyOf": [{"$ref": _REF + "Health"}, unready["schema"]]}
+    if asks_keys:
+        document["components"]["securitySchemes"] = _KEYS
+        for operation in (operation for operations in paths.values() for operation in operations.values()):
+            if "401" in operation["responses"]:
+                operation["security"] = [{"apiKey": []}]
+    return document
+
+
+def _without_the_frameworks_errors(document: dict[str, Any]) -> None:
+    """Ours answer 400 with ErrorResponse; 422 stays where it is one of ours."""
+    for name in ("HTTPValidationError", "ValidationError"):
+        document["components"]["schemas"].pop(name, None)
     for operations in document["paths"].values():
         for operation in operations.values():
-            operation["responses"].pop("422", None)
-    npy = document["paths"]["/v1/embeddings/images"]["post"]["responses"]["200"]["content"]
-    npy["application/x-npy"] = _BINARY
-    return document
+            if "HTTPValidationError" in str(operation["responses"].get("422")):
+                del operation["responses"]["422"]
 
 
 _STYLE = """
@@ -97,10 +122,12 @@ def render(document: dict[str, Any]) -> str:
 
 def _route(method: str, path: str, operation: dict[str, Any]) -> str:
     shown = {key: operation[key] for key in ("parameters", "requestBody") if key in operation}
-    answers = operation["responses"]["200"]["content"]
+    answers = dict(operation["responses"])
+    good = answers.pop("200")["content"]
+    errors = "".join(f"<li>{status}: {escape(answer['description'])}</li>" for status, answer in answers.items())
     return (
         f"<h2><code>{method} {escape(path)}</code></h2><p>{escape(operation.get('description', ''))}</p>"
-        f"{_json(shown) if shown else ''}<p>Answers:</p>{_json(answers)}"
+        f"{_json(shown) if shown else ''}<p>Answers:</p>{_json(good)}<p>Errors:</p><ul>{errors}</ul>"
     )
 
 

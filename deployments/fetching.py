@@ -107,7 +107,7 @@ class Fetcher:
         try:
             async with asyncio.timeout(min(seconds, self._settings.timeout_s)), self._at_once:
                 for _ in range(1 + self._settings.redirects):
-                    found = await self._get(_parse(address, self._settings.ports))
+                    found = await self._get_again(_parse(address, self._settings.ports))
                     if isinstance(found, bytes):
                         return found
                     address = found
@@ -116,6 +116,13 @@ class Fetcher:
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError) as error:
             raise ImageNotFetched(f"the image cannot be fetched: {type(error).__name__} {error}".rstrip()) from None
         raise ImageNotFetched(f"the address redirects more than {self._settings.redirects} times")
+
+    async def _get_again(self, url: httpcore.URL) -> bytes | str:
+        """Try twice: a server may close a connection that was kept at the moment when it is used again."""
+        try:
+            return await self._get(url)
+        except (httpcore.ReadError, httpcore.WriteError, httpcore.RemoteProtocolError):
+            return await self._get(url)
 
     async def _get(self, url: httpcore.URL) -> bytes | str:
         """The content, or the address that it redirects to."""

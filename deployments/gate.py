@@ -33,6 +33,8 @@ DEADLINE_HEADER = "X-Deadline-Ms"
 KEY_NAME = "clipfleet.key"  # in the scope: the name of the request's API key
 _OPEN_PATHS = ("/healthz", "/readyz")
 _LOOK_EVERY_S = 1.0
+# HAProxy lets headers through that fill its buffer. What reads them takes seconds for megabytes, and stops all others.
+_HEADER_BYTES = 64 * 2**10
 
 
 class Gate:
@@ -76,6 +78,7 @@ class Gate:
         try:
             if self._stopping:
                 raise Unavailable("the service is stopping", retry_after=1)
+            _check_headers(scope)
             self._check_key(scope)
         except ClipfleetError as error:
             await error_response(error)(scope, receive, send_stamped)
@@ -111,6 +114,13 @@ class Gate:
 
 def _is_health(scope: Scope) -> bool:
     return scope["path"].removeprefix(scope.get("root_path", "")) in _OPEN_PATHS
+
+
+def _check_headers(scope: Scope) -> None:
+    size = len(scope["path"]) + len(scope["query_string"])
+    size += sum(len(name) + len(value) for name, value in scope["headers"])
+    if size > _HEADER_BYTES:
+        raise InvalidRequest(f"address and headers have {size:,} bytes; the limit is {_HEADER_BYTES:,}")
 
 
 def add_error_handlers(app: FastAPI) -> None:

@@ -44,10 +44,15 @@ TYPES = {
 }
 
 # Headers that Serve reads for itself. It answers 500 where one is not UTF-8, and clients have no business with any of them.
-SERVE_HEADERS = (
+# Nor with Upgrade: there is no websocket here, and who asks for one would get an empty 403.
+DROPPED_HEADERS = (
     "X-Request-Timeout-Seconds", "X-Request-Disconnect-Disabled", "X-Session-Id",
-    "serve_multiplexed_model_id", "serve-multiplexed-model-id",
+    "serve_multiplexed_model_id", "serve-multiplexed-model-id", "Upgrade",
 )  # fmt: skip
+
+# What the replicas' HTTP parser takes for no HTTP, and would word in plain text: other methods, and addresses over 64 KiB.
+METHODS = "GET HEAD POST PUT PATCH DELETE OPTIONS TRACE CONNECT QUERY"
+LONGEST_URL = 60_000
 
 HEALTH_PATHS = ("/healthz", "/readyz")
 
@@ -78,10 +83,12 @@ def public_bind(host: str, port: str, certificate: str = "") -> str:
     return f":::{port} v4v6{tls}" if host == "::" else f"{host}:{port}{tls}"
 
 
-def _frontend(host: str, port: str, certificate: str) -> str:
-    dropped = [f"    http-request del-header {name}" for name in SERVE_HEADERS]
-    dropped.append("    http-request del-header X-Request-Id if { req.hdr(X-Request-Id) -m reg [^\\\\x21-\\\\x7e] }")
-    return "\n".join([f"    bind {public_bind(host, port, certificate)}", *dropped, ""])
+def _frontend(host: str, port: str, folder: Path, certificate: str) -> str:
+    rules = [f"    http-request del-header {name}" for name in DROPPED_HEADERS]
+    rules.append("    http-request del-header X-Request-Id if { req.hdr(X-Request-Id) -m reg [^\\\\x21-\\\\x7e] }")
+    malformed = f"    http-request return status 400 errorfile {folder / '400.http'} if"
+    rules += [f"{malformed} !{{ method {METHODS} }}", f"{malformed} {{ url_len gt {LONGEST_URL} }}"]
+    return "\n".join([f"    bind {public_bind(host, port, certificate)}", *rules, ""])
 
 
 def _refusal(config: str, folder: Path) -> str:
@@ -126,7 +133,10 @@ def edit(config: str, folder: Path, host: str, port: str, certificate: str = "")
         # With no replica left Serve would park requests, without a limit, in its head node's proxy; ours get a 503 at once.
         (r"^    # Fallback to head node's Serve proxy.*\n    server .* backup\n", ""),
         # Serve and the replicas stay on loopback; this is the one address that the user asked for.
-        (rf"^    bind 127\.0\.0\.1:{port}\n(?:    http-request del-header .*\n)*", _frontend(host, port, certificate)),
+        (
+            rf"^    bind 127\.0\.0\.1:{port}\n(?:    http-request (?:del-header|return status 400) .*\n)*",
+            _frontend(host, port, folder, certificate),
+        ),
         # Prometheus and statistics pages, for this machine alone.
         (
             r"^(\s+)bind (?:\*)?:(\d+)$(?=\n    mode http\n    http-request use-service|\n  stats)",

@@ -32,6 +32,7 @@ from clipfleet.settings import ServiceSettings
 from clipfleet.vectors import DType, rank, to_base64, to_npy
 from deployments import collector, prefixes, schemas
 from deployments.admission import Admission
+from deployments.answers import ITEMS, KEYED, OPEN, answers
 from deployments.bodies import Body, parse_json
 from deployments.cache import VectorCache
 from deployments.docs_page import add_schemas, render
@@ -78,7 +79,7 @@ class Ingress:
         self._health = Health(self._handles)
         collector.rarely()
         keys = KeyRing(self._settings.api_keys, self._settings.api_keys_file)
-        self._gate = Gate(self._routes(), keys=keys, fingerprint=self._fingerprint)
+        self._gate = Gate(self._routes(asks_keys=keys.asks), keys=keys, fingerprint=self._fingerprint)
         return self._gate
 
     async def drain(self) -> None:
@@ -90,26 +91,22 @@ class Ingress:
         """Seconds since the last request."""
         return self._gate.quiet_seconds() if self._gate is not None else 0.0
 
-    def _routes(self) -> FastAPI:
+    def _routes(self, *, asks_keys: bool) -> FastAPI:
         app = FastAPI(title="clipfleet", docs_url=None, redoc_url=None, redirect_slashes=False)
         add_error_handlers(app)
-        problems: dict[int | str, dict[str, Any]] = {
-            "4XX": {"model": schemas.ErrorResponse},
-            "5XX": {"model": schemas.ErrorResponse},
-        }
 
-        def route(method: str, path: str, handler: Any, answer: Any, **more: Any) -> None:
-            responses = {200: {"model": answer}, **problems}
-            app.add_api_route(path, handler, methods=[method], response_model=None, responses=responses, **more)
+        def route(method: str, path: str, handler: Any, good: type[schemas.Wire], statuses: tuple[int, ...]) -> None:
+            documented = answers(good, statuses)
+            app.add_api_route(path, handler, methods=[method], response_model=None, responses=documented)
 
-        route("POST", "/v1/embeddings", self.embeddings, schemas.EmbeddingsResponse)
-        route("POST", "/v1/embeddings/images", self.image_embeddings, schemas.EmbeddingsResponse)
-        route("POST", "/v1/rank", self.rank, schemas.RankResponse)
-        route("GET", "/v1/models", self.models, schemas.ModelList)
-        route("GET", "/v1/models/{model:path}", self.model, schemas.Model)
-        route("GET", "/healthz", self.healthz, schemas.Health)
-        route("GET", "/readyz", self.readyz, schemas.Health)
-        add_schemas(app)
+        route("POST", "/v1/embeddings", self.embeddings, schemas.EmbeddingsResponse, ITEMS)
+        route("POST", "/v1/embeddings/images", self.image_embeddings, schemas.EmbeddingsResponse, ITEMS)
+        route("POST", "/v1/rank", self.rank, schemas.RankResponse, ITEMS)
+        route("GET", "/v1/models", self.models, schemas.ModelList, KEYED)
+        route("GET", "/v1/models/{model:path}", self.model, schemas.Model, (*KEYED, 404))
+        route("GET", "/healthz", self.healthz, schemas.Health, OPEN)
+        route("GET", "/readyz", self.readyz, schemas.Health, OPEN)
+        add_schemas(app, asks_keys=asks_keys)
         app.add_api_route("/docs", lambda: HTMLResponse(render(app.openapi())), include_in_schema=False)
         return app
 
@@ -228,7 +225,7 @@ class Ingress:
         if model is None:
             raise Unavailable("the encoders are still starting", retry_after=2)
         if wanted is not None and wanted != model["id"]:
-            raise ModelNotFound(f"model {wanted!r} is not served here; served is {model['id']!r}", param="model")
+            raise ModelNotFound(f"model {wanted[:200]!r} is not served here; served is {model['id']!r}", param="model")
         return model
 
     def _public_model(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -92,7 +93,9 @@ class Served:
 
 @contextmanager
 def serve(settings: dict[str, Any], model: str | Path | None, port: int = 8470) -> Iterator[Served]:
-    """Serve `model`, or the one that the config names, under a config file's content."""
+    """Serve `model`, or the one that the config names, under a config file's content. Raises OSError where another one
+    listens: it would answer instead."""
+    socket.create_server(("127.0.0.1", port)).close()
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as log:
         file = Path(folder, "config.yaml")
         file.write_text(yaml.safe_dump(settings))

@@ -49,6 +49,12 @@ def test_codes_of_the_wire_are_the_designs() -> None:
     assert set(wire.split()) <= {kind.code for kind in KINDS.values()}
 
 
+def test_a_code_of_the_wire_gives_its_class_back() -> None:
+    assert all(errors.by_code(kind.code).code == kind.code for kind in KINDS.values())  # type: ignore[union-attr]
+    assert errors.by_code("image_corrupt") is ImageCorrupt and errors.by_code("unavailable") is errors.Unavailable
+    assert errors.by_code("nothing") is None
+
+
 def test_the_drawing_shows_every_class_below_its_parent() -> None:
     drawn: dict[str, str | None] = {}
     above: list[str] = []

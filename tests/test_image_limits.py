@@ -35,12 +35,22 @@ def png_header(width: int, height: int) -> bytes:
 
 
 def headers(width: int, height: int) -> dict[str, bytes]:
-    """The start of a file of each kind whose header promises width x height."""
-    small = {kind: bytearray(encode(picture("RGB", 16, 16), kind)) for kind in ("JPEG", "GIF", "BMP")}
+    """A small file of each kind whose header promises width x height, as far as its kind can."""
+    kinds = ("JPEG", "GIF", "BMP", "WEBP", "TIFF", "AVIF")
+    small = {kind: bytearray(encode(picture("RGB", 16, 16), kind)) for kind in kinds}
     frame = small["JPEG"].index(b"\xff\xc0")
     small["JPEG"][frame + 5 : frame + 9] = struct.pack(">HH", height, width)
     small["GIF"][6:10] = struct.pack("<HH", width, height)
     small["BMP"][18:26] = struct.pack("<ii", width, height)
+    start = small["WEBP"].index(b"\x9d\x01\x2a")  # RFC 6386, 9.1: 14 bits each
+    small["WEBP"][start + 3 : start + 7] = struct.pack("<HH", min(width, 0x3FFF), min(height, 0x3FFF))
+    for tag, size in ((256, width), (257, height)):  # ImageWidth and ImageLength, a LONG each
+        entry = small["TIFF"].index(struct.pack("<HHI", tag, 4, 1))
+        small["TIFF"][entry + 8 : entry + 12] = struct.pack("<I", size)
+    extents = small["AVIF"].index(b"ispe") + 8
+    small["AVIF"][extents : extents + 8] = struct.pack(
+        ">II", min(width, 2**14), min(height, 2**14)
+    )  # libavif takes no more
     return {"PNG": png_header(width, height), **{kind: bytes(data) for kind, data in small.items()}}
 
 
@@ -75,7 +85,7 @@ def test_pixels_at_the_limit_pass_and_one_more_is_refused() -> None:
     assert caught.value.data == {"width": 117, "height": 83, "limit": 117 * 83 - 1}
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "AVIF"])
 @pytest.mark.parametrize(("width", "height"), [(8001, 8000), (9600, 9600), (65000, 65000)])
 def test_a_header_that_promises_too_much_is_refused(kind: str, width: int, height: int) -> None:
     assert width * height > MEGAPIXELS_64

@@ -26,7 +26,7 @@ HOMES = {
     "huggingface_hub": {"checkpoint", "catalogue"},
     "yaml": {"settings"},
     "pydantic": {"settings"},
-    "httpx": {"client", "catalogue"},
+    "httpx": {"client", "connection", "catalogue"},
     "typer": {"cli"},
 }
 COMMANDS_ONLY = {"ray", "deployments", "jobs"}  # inside functions of cli.py, and nowhere else
@@ -90,7 +90,8 @@ def test_the_seed_path_only_passes_names_on() -> None:
 def test_the_in_process_interface_needs_the_seed_pages_packages_only() -> None:
     # "pip install torch transformers pillow numpy loguru tqdm", and what these bring along
     allowed = {"torch", "transformers", "PIL", "numpy", "loguru", "tqdm", "safetensors", "huggingface_hub"}
-    seen: set[str] = {"clipfleet.openvino_engine"}  # an extra, taken only where it is installed
+    # An extra, taken only where it is installed; and what the package's __init__ loads only for those who ask for it.
+    seen: set[str] = {"clipfleet.openvino_engine", "clipfleet.client"}
     pending = ["clipfleet.embedder", "clipfleet.fingerprint", "clipfleet.__init__"]
     while pending:
         module = pending.pop()
@@ -117,6 +118,7 @@ def loaded_after(statement: str) -> set[str]:
     [
         ("import clipfleet", "torch PIL ray transformers numpy pydantic yaml httpx typer loguru"),
         ("from clipfleet import rank, ClipfleetError", "torch PIL ray transformers pydantic"),
+        ("from clipfleet import Client; Client", "torch PIL ray transformers pydantic yaml"),
         ("from clipfleet import load_image; load_image", "torch ray transformers pydantic"),
         ("import clipfleet.images, clipfleet.fingerprint", "torch ray transformers pydantic"),
         ("import clipfleet.settings", "torch PIL ray transformers"),
@@ -128,7 +130,7 @@ def test_importing_loads_nothing_heavy(statement: str, absent: str) -> None:
 
 
 def test_the_public_names_are_pinned() -> None:
-    assert {"CLIPEmbedder", "CLIPModel", "ClipfleetError", "load_image", "rank"} <= set(clipfleet.__all__)
+    assert {"CLIPEmbedder", "CLIPModel", "Client", "ClipfleetError", "load_image", "rank"} <= set(clipfleet.__all__)
     assert set(clipfleet.__all__) <= {
         "AsyncClient", "CLIPEmbedder", "CLIPModel", "Client", "ClipfleetError", "load_image", "rank",
     }  # fmt: skip

@@ -132,11 +132,11 @@ class TestWheel:
 class TestLightInstall:
     def test_imports_without_torch_pillow_and_ray(self, light: Path) -> None:
         code = (
-            "import importlib.util, clipfleet; print(clipfleet.__version__, clipfleet.rank.__module__);"
+            "import importlib.util, clipfleet; print(clipfleet.__version__, clipfleet.Client.__module__);"
             "print([name for name in ('torch', 'transformers', 'PIL', 'ray') if importlib.util.find_spec(name)])"
         )
         done = run(light / "python", "-W", "error", "-c", code, cwd=light)
-        assert done.stdout.split("\n")[:2] == [f"{clipfleet.__version__} clipfleet.vectors", "[]"], done.stderr
+        assert done.stdout.split("\n")[:2] == [f"{clipfleet.__version__} clipfleet.client", "[]"], done.stderr
 
     def test_help_lists_the_commands(self, light: Path) -> None:
         done = run(light / "clipfleet", "--help", cwd=light)

@@ -9,6 +9,7 @@ import httpx
 import pytest
 import yaml
 
+from tests.deployments.listener import Listener, listening
 from tests.deployments.service import ROOT, Service, serving
 
 
@@ -33,13 +34,21 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="package")
-def other_service(flags: Path) -> Iterator[Service]:
-    """Another service of tiny: it caches images and no texts, takes a forward pass of 2 s for one that hangs, and has the
-    faults of faults/injected."""
+def image_store() -> Iterator[Listener]:
+    """The one web server that other_service may fetch images from."""
+    with listening("127.0.0.9") as server:
+        yield server
+
+
+@pytest.fixture(scope="package")
+def other_service(flags: Path, image_store: Listener) -> Iterator[Service]:
+    """Another service of tiny: it caches images and no texts, takes a forward pass of 2 s for one that hangs, fetches images
+    from image_store, and has the faults of faults/injected."""
     config = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
     config["applications"][0]["args"] |= {
         "limits": {"forward_s": 2},
         "cache": {"text_bytes": 0, "image_bytes": 1_000_000},
+        "image_urls": {"enabled": True, "ports": [image_store.port], "allowed_networks": ["127.0.0.9/32"]},
     }
     file = flags / "other.yaml"
     file.write_text(yaml.safe_dump(config))

@@ -4,105 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import threading
-import time
-import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_address
-from urllib.parse import unquote
 
 import pytest
 
 from clipfleet.errors import ClipfleetError, ImageNotFetched, ImageTooManyBytes, ImageUrlForbidden
 from clipfleet.settings import UrlSettings
 from deployments.fetching import Fetcher, is_public
+from tests.deployments.listener import IMAGE, LARGE, Listener, listening
 
-IMAGE = b"\x89PNG\r\n\x1a\n" + bytes(1000)
-MOST = 10_000
-
-
-class Listener(ThreadingHTTPServer):
-    """A web server on this machine that counts who comes, and does as the path says."""
-
-    daemon_threads = True
-
-    def __init__(self, address: str = "127.0.0.1") -> None:
-        self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        super().__init__((address, 0), Answer)
-        self.connections = 0
-        self.port = self.server_address[1]
-
-    def verify_request(self, request: object, client_address: object) -> bool:
-        self.connections += 1
-        return True
-
-
-class Answer(BaseHTTPRequestHandler):
-    server: Listener
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-    def reply(self, content: bytes = IMAGE, status: int = 200, length: int | None = None, **headers: str) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(content) if length is None else length))
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        self.wfile.write(content)
-
-    def do_GET(self) -> None:
-        kind = {"Content_Type": "image/png"}
-        path = self.path.partition("?")[0]
-        if path == "/image":
-            self.reply(**kind)
-        elif path.startswith("/hop"):
-            left = int(path.removeprefix("/hop"))
-            self.reply(b"", 302, Location=f"/hop{left - 1}" if left > 1 else "/image")
-        elif path == "/to":
-            self.reply(b"", 302, Location=unquote(self.path.partition("?")[2]))
-        elif path == "/large":
-            self.reply(bytes(MOST + 1), **kind)
-        elif path == "/lying":
-            self.reply(bytes(10), length=10**12, **kind)
-        elif path == "/html":
-            self.reply(b"<html>", Content_Type="text/html")
-        elif path == "/bomb":
-            self.reply(zlib.compress(bytes(10**6)), Content_Encoding="deflate", **kind)
-        elif path == "/slow":
-            self.send_response(200)
-            self.send_header("Content-Length", "1000")
-            self.end_headers()
-            for _ in range(100):
-                self.wfile.write(b"x")
-                time.sleep(0.05)
-        elif path == "/endless":
-            self.send_response(200)
-            self.send_header("Transfer-Encoding", "chunked")
-            self.end_headers()
-            try:
-                while True:
-                    self.wfile.write(b"400\r\n" + bytes(1024) + b"\r\n")
-            except OSError:
-                pass
-        else:
-            self.reply(b"", 404)
-        self.close_connection = True
-
-
-@contextmanager
-def listening(address: str = "127.0.0.1") -> Iterator[Listener]:
-    with Listener(address) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
+MOST = LARGE - 1
 
 
 @pytest.fixture
@@ -133,6 +45,7 @@ def test_an_image_is_fetched_and_redirects_are_followed(listener: Listener) -> N
     base = f"http://127.0.0.1:{listener.port}"
     assert fetch(f"{base}/image?size=1", listener.port, allowed=LOCAL) == IMAGE
     assert fetch(f"{base}/hop3", listener.port, allowed=LOCAL) == IMAGE
+    assert fetch(f"{base}/hangs-up-once", listener.port, allowed=LOCAL) == IMAGE
     assert fetch(f"http://localhost:{listener.port}/image", listener.port, allowed=(*LOCAL, "::1/128")) == IMAGE
 
 
@@ -141,6 +54,7 @@ def test_an_image_is_fetched_and_redirects_are_followed(listener: Listener) -> N
     [
         ("/hop4", ImageNotFetched, "redirects more than 3 times"),
         ("/absent", ImageNotFetched, "status 404"),
+        ("/hangs-up", ImageNotFetched, "disconnected"),
         ("/html", ImageNotFetched, "no image but 'text/html'"),
         ("/bomb", ImageNotFetched, "compresses"),
         ("/large", ImageTooManyBytes, "over 10,000 bytes"),

@@ -1,0 +1,117 @@
+"""The way to a running service: requests that are tried again within a deadline, and its errors as ours."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from typing import Any
+
+import httpx
+
+from clipfleet import errors
+from clipfleet.errors import ClipfleetError, DeadlineExceeded, SettingsError, Unavailable
+
+_AGAIN = (429, 502, 503, 504)
+_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 8.0
+_CONNECT_S = 10.0
+
+# For an answer that is not the service's own, such as that of a proxy before it.
+_KINDS: dict[int, type[ClipfleetError]] = {
+    401: errors.InvalidApiKey,
+    404: errors.RouteNotFound,
+    413: errors.BodyTooLarge,
+    429: errors.Overloaded,
+}
+
+logger = logging.getLogger(__name__)
+
+
+def connect(url: str, api_key: str | None = None) -> httpx.Client:
+    """Connections to the service at `url`. Raises SettingsError if that is no http(s) address."""
+    try:
+        address = httpx.URL(url)
+    except httpx.InvalidURL:
+        address = httpx.URL()
+    if address.scheme not in ("http", "https") or not address.host:
+        raise SettingsError(f"{url!r} is no address of a service; give one such as http://127.0.0.1:8000")
+    return httpx.Client(
+        base_url=address,
+        headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+        timeout=30,
+        # A proxy of the environment is for other machines.
+        trust_env=address.host not in ("127.0.0.1", "::1", "localhost"),
+    )
+
+
+class Connection:
+    """Posts to one service. Embedding is idempotent: whatever became of the first try, another one does no harm."""
+
+    def __init__(self, url: str, api_key: str | None, deadline_s: float) -> None:
+        self._http = connect(url, api_key)
+        self._deadline_s = deadline_s
+
+    @property
+    def url(self) -> str:
+        return str(self._http.base_url)
+
+    def close(self) -> None:
+        self._http.close()
+
+    def post(self, path: str, *, headers: dict[str, str], **body: Any) -> httpx.Response:
+        """An answer of 200. When no time is left for another try, raises what came of the last one."""
+        end = time.monotonic() + self._deadline_s
+        pause = _PAUSE_S
+        while True:
+            advised = 0.0
+            try:
+                answer = self._try(path, headers, end - time.monotonic(), body)
+                if answer.status_code == 200:
+                    return answer
+                problem = error_of(answer)
+                if answer.status_code not in _AGAIN:
+                    raise problem
+                advised = _advised(answer)
+            except httpx.TransportError as error:
+                problem = self._unanswered(error)
+            wait = advised + random.uniform(0, pause)  # those who failed together do not come back together
+            if time.monotonic() + wait >= end:
+                raise problem
+            logger.info("trying again in %.1f s: %s", wait, problem)
+            time.sleep(wait)
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+    def _try(self, path: str, headers: dict[str, str], left: float, body: dict[str, Any]) -> httpx.Response:
+        left = max(left, 0.001)
+        asked = {**headers, "X-Deadline-Ms": f"{max(1, int(left * 1000))}"}  # nobody waits for it any longer
+        timeout = httpx.Timeout(left, connect=min(left, _CONNECT_S))
+        return self._http.post(path, headers=asked, timeout=timeout, **body)
+
+    def _unanswered(self, error: httpx.TransportError) -> ClipfleetError:
+        if isinstance(error, (httpx.ReadTimeout, httpx.WriteTimeout)):
+            return DeadlineExceeded(f"{self.url} gave no answer within {self._deadline_s:g} s")
+        return Unavailable(f"{self.url} cannot be reached: {type(error).__name__} {error}".rstrip())
+
+
+def error_of(answer: httpx.Response) -> ClipfleetError:
+    """The error that an answer stands for: by its body's code where the service wrote it, otherwise by its status."""
+    status = answer.status_code
+    other = _KINDS.get(status, Unavailable if status >= 500 else errors.InvalidRequest)
+    try:
+        error = answer.json()["error"]
+        kind = errors.by_code(error["code"]) or other
+        return kind(str(error["message"]), index=_index(error["param"]), status=status)
+    except (ValueError, KeyError, TypeError):
+        return other(f"{answer.url} answered {status}: {answer.text[:500]}", status=status)
+
+
+def _index(param: str | None) -> int | None:
+    """3 of `input[3]` and `files[3]`."""
+    number = (param or "").partition("[")[2].rstrip("]")
+    return int(number) if number.isdecimal() else None
+
+
+def _advised(answer: httpx.Response) -> float:
+    """Seconds to wait by Retry-After; 0 without one, or where it is a date."""
+    text = answer.headers.get("Retry-After", "")
+    return float(text) if text.isdecimal() else 0.0
