@@ -21,7 +21,7 @@ help:
 	@echo 'make test    set up, then run every test'
 	@echo 'make check   set up, then lint, formatting and types'
 	@echo 'make bench   set up, then measure against the alternatives (an hour; ARGS=library for a part)'
-	@echo 'make chaos   set up, then kill, hang and overload what is served, under load (half an hour)'
+	@echo 'make chaos   set up, then kill, hang and overload what is served, and the job (three quarters of an hour)'
 	@echo 'make fuzz    set up, then send damaged files through the decoder and over HTTP (ARGS="--seed 7")'
 	@echo 'make soak    set up, then half an hour of mixed load: nothing may grow'
 	@echo 'make clean   remove .venv and all that builds, tests and the demo wrote'
@@ -47,7 +47,7 @@ $(STAMP): pyproject.toml constraints.txt hatch_build.py clipfleet/resample.c
 	@echo 'installing torch (the largest part)'
 	@$(PIP_INSTALL) $(TORCH_PIP_ARGS) torch hatchling
 	@echo 'installing the other pinned packages and this tree'
-	@$(PIP_INSTALL) --no-build-isolation --editable '.[serve,openvino,test]'
+	@$(PIP_INSTALL) --no-build-isolation --editable '.[serve,openvino,qdrant,test]'
 	@touch $(STAMP)
 	@echo 'set up: $(BIN)/clipfleet'
 
@@ -56,6 +56,7 @@ bench: setup
 
 chaos: setup
 	@$(BIN)/python -m faults chaos $(ARGS)
+	@$(BIN)/python -m faults job $(ARGS)
 	@$(BIN)/python -m faults overload $(ARGS)
 
 fuzz: setup

@@ -215,17 +215,16 @@ def _explained(claimed: Claim) -> Iterator[None]:
     """Turn what Ray raises into the error that caused it."""
     try:
         yield
-    except ClipfleetError:
-        raise
     except Exception as error:
-        causes = list(_causes(error))
-        for cause in causes:
-            if isinstance(cause, ClipfleetError):
-                raise cause from None
-        if not claimed.scratch.is_dir():
+        if not claimed.folder.is_dir():  # whichever process noticed it first
             raise parts.cannot_write(claimed.folder, error) from error
+        causes = list(_causes(error))
+        # The innermost one: what Ray raises for one of our errors is one too, and reads as a traceback.
+        for ours in (cause for cause in reversed(causes) if isinstance(cause, ClipfleetError)):
+            raise type(ours)(ours.message, index=ours.index, **ours.data) from None  # without Ray Data's advice
         root = causes[-1]
-        line = (str(root).strip().splitlines() or [""])[-1]
+        said = str(root).partition("\nFailed to ")[0]  # Ray Data appends its advice
+        line = (said.strip().splitlines() or [""])[-1]
         raise JobError(f"the job stopped: {type(root).__name__}: {line}. {GO_ON}") from error
 
 

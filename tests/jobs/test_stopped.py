@@ -127,6 +127,18 @@ def test_killed_workers_are_replaced(source: Path, tmp_path: Path) -> None:
     assert sorted(read(tmp_path).column("id").to_pylist()) == sorted(file.name for file in source.iterdir())
 
 
+def test_a_dest_that_vanishes_stops_it_with_one_line(source: Path, tmp_path: Path) -> None:
+    """An error of an encoder or a decode task, as it comes through Ray."""
+    dest, away = tmp_path / "dest", tmp_path / "away"
+    with embedding(source, dest) as command:
+        half_way(command, dest)
+        dest.rename(away)
+        assert command.wait(SECONDS) == 1
+        said = [line for line in command.err.splitlines() if not line.startswith("Embedding: ")]
+    assert said == [f"clipfleet: DEST {str(dest)!r} has vanished while the job ran. Bring it back, or start anew"]
+    assert len(read(away)) >= 3
+
+
 def test_two_jobs_on_one_dest(source: Path, tmp_path: Path) -> None:
     with embedding(source, tmp_path) as command:
         until(lambda: (tmp_path / ".clipfleet" / "lock").exists() or command.ended, SECONDS, "the first one's lock")
