@@ -138,7 +138,7 @@ def full_disk() -> list[Row]:
         subprocess.run(["mount", "-o", "remount,size=64m", dest], check=True)
         wrong = _again(source, dest, 3)
     outcome = (
-        f"{'one line' if stopped else line!r}, {rows} rows kept whole; afterwards {'; '.join(wrong) or 'each id once'}"
+        f"{'one line' if stopped else line}, {rows} rows kept whole; afterwards {'; '.join(wrong) or 'each id once'}"
     )
     return [Row("DEST on a full disk", f"{_SMALL} images", 1, outcome, stopped and not wrong)]
 
@@ -159,7 +159,7 @@ def vanished_dest() -> Row:
     shutil.rmtree(dest, ignore_errors=True)
     away.rename(dest)
     wrong = _again(source, dest, 3)
-    outcome = f"{'one line' if stopped else line!r}, {rows} rows kept; back again: {'; '.join(wrong) or 'each id once'}"
+    outcome = f"{'one line' if stopped else line}, {rows} rows kept; back again: {'; '.join(wrong) or 'each id once'}"
     return Row("DEST vanishes while the job runs", f"{_SMALL} images", int(met), outcome, met and stopped and not wrong)
 
 
