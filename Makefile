@@ -21,7 +21,7 @@ help:
 	@echo 'make test    set up, then run every test'
 	@echo 'make check   set up, then lint, formatting and types'
 	@echo 'make bench   set up, then measure against the alternatives (40 minutes; ARGS=library for a part)'
-	@echo 'make chaos   set up, then kill, hang and overload what is served, under load (half an hour)'
+	@echo 'make chaos   set up, then kill, hang, upgrade and overload what is served, and kill the job (an hour and a half)'
 	@echo 'make plot    draw what make chaos measured of overload: docs/overload.svg'
 	@echo 'make fuzz    set up, then send damaged files and odd requests (ARGS="--seed 7")'
 	@echo 'make soak    set up, then half an hour of mixed load: nothing may grow'
@@ -48,7 +48,7 @@ $(STAMP): pyproject.toml constraints.txt hatch_build.py clipfleet/resample.c
 	@echo 'installing torch (the largest part)'
 	@$(PIP_INSTALL) $(TORCH_PIP_ARGS) torch hatchling
 	@echo 'installing the other pinned packages and this tree'
-	@$(PIP_INSTALL) --no-build-isolation --editable '.[serve,openvino,test]'
+	@$(PIP_INSTALL) --no-build-isolation --editable '.[serve,openvino,qdrant,test]'
 	@touch $(STAMP)
 	@echo 'set up: $(BIN)/clipfleet'
 
@@ -56,7 +56,7 @@ bench: setup
 	@$(BIN)/python -m benchmarks $(ARGS)
 
 chaos: setup
-	@status=0; for kind in chaos upgrades nodes overload; do $(BIN)/python -m faults $$kind $(ARGS) || status=1; done; exit $$status
+	@status=0; for kind in chaos upgrades nodes job overload; do $(BIN)/python -m faults $$kind $(ARGS) || status=1; done; exit $$status
 
 plot: setup
 	@$(PIP_INSTALL) matplotlib

@@ -105,8 +105,10 @@ def serve(
     "clipfleet embed products.parquet vectors/ --path-column file --id-column sku"
 )
 def embed(
-    source: Annotated[str, typer.Argument(help="A folder, a glob, or a manifest (.parquet, .csv, .tsv, .jsonl).")],
-    dest: Annotated[str, typer.Argument(help="A folder for the Parquet files; finished rows in it are skipped.")],
+    source: Annotated[
+        str, typer.Argument(help="A folder, a glob, tars, or a manifest (.parquet, .csv, .tsv, .jsonl).")
+    ],
+    dest: Annotated[str, typer.Argument(help="A folder for the output files; finished rows in it are skipped.")],
     model: Annotated[str, typer.Option(help=_MODEL_HELP)] = _DEFAULT_MODEL,
     path_column: Annotated[str | None, typer.Option(help="The manifest's column of image paths.")] = None,
     bytes_column: Annotated[str | None, typer.Option(help="The manifest's column of image bytes.")] = None,
@@ -114,6 +116,18 @@ def embed(
     batch_size: Annotated[int, typer.Option(min=1, help="Images in one forward pass.")] = 32,
     actors: Annotated[int | None, typer.Option(min=1, help="Encoders; default: one a GPU, or by CPUs.")] = None,
     retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Redo the rows that failed before.")] = False,
+    changed: Annotated[
+        bool, typer.Option("--changed", help="Redo files whose size or time differs; mark rows whose files have gone.")
+    ] = False,
+    max_failures: Annotated[
+        str | None, typer.Option(metavar="N|N%", help="Status 1 where more rows than that failed, in all of DEST.")
+    ] = None,
+    format: Annotated[
+        str, typer.Option(help="parquet, or npy: vectors in .npy files, all else in Parquet.")
+    ] = "parquet",
+    qdrant: Annotated[str | None, typer.Option(help="Also upload into this Qdrant: a URL, or a folder.")] = None,
+    collection: Annotated[str | None, typer.Option(help="The Qdrant collection; made if it is not there.")] = None,
+    qdrant_api_key: Annotated[str | None, typer.Option(envvar="QDRANT_API_KEY", help="Key of that Qdrant.")] = None,
     address: Annotated[str | None, typer.Option(envvar="RAY_ADDRESS", help="A running Ray; default: its own.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     precision: Annotated[str, typer.Option(help="float32, float16, bfloat16, or int8 on CPUs.")] = "float32",
@@ -122,10 +136,11 @@ def embed(
         bool, typer.Option("--reduced-jpeg", help="Decode large JPEGs at a fraction of their size: faster, less exact.")
     ] = False,
 ) -> None:
-    """Embed many images into Parquet files, streaming and resumable.
+    """Embed many images into files of vectors, streaming and resumable.
 
-    Ends with status 0 (all good), 3 (finished, some rows failed), 1 (stopped; the same command goes on) or 2
-    (wrong usage).
+    Ends with status 0 (all good), 3 (finished, some rows failed), 1 (stopped, and the same command goes on; or more rows
+    failed than --max-failures allows) or 2 (wrong usage). The first Ctrl-C or SIGTERM finishes what is in flight, a
+    second one stops at once.
     """
     with _reported("serve", WRONG_USAGE):
         from jobs.embed_images import run
@@ -142,6 +157,12 @@ def embed(
                 batch_size=batch_size,
                 actors=actors,
                 retry_errors=retry_errors,
+                changed=changed,
+                max_failures=max_failures,
+                format=format,
+                qdrant=qdrant,
+                collection=collection,
+                qdrant_api_key=qdrant_api_key,
                 address=address,
                 device=device,
                 precision=precision,
@@ -150,6 +171,8 @@ def embed(
             )
         )
         typer.echo(str(summary))
+        if summary.verdict:
+            _fail(summary.verdict, summary.exit_status)
         raise typer.Exit(summary.exit_status)
 
 

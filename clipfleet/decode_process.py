@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
@@ -38,12 +40,23 @@ _COMMAND = (
 
 @dataclass(frozen=True)
 class Uri:
-    """An object of a file system that pyarrow opens."""
+    """An object of a file system that pyarrow opens. `look`: ask for its state too, which costs a request."""
 
     address: str
+    look: bool = False
 
 
-Source = bytes | os.PathLike[str] | Uri
+@dataclass(frozen=True)
+class Section:
+    """The `length` bytes at `offset` of a file: a local path, or a URI that pyarrow opens."""
+
+    address: str
+    offset: int
+    length: int
+
+
+Source = bytes | os.PathLike[str] | Uri | Section
+State = tuple[int | None, int | None]
 Reply = tuple[int, int] | ClipfleetError  # (width, height), with the pixels following, or what is wrong
 
 
@@ -53,22 +66,26 @@ class DecodeProcess:
     def __init__(self, spec: PixelSpec, limits: ImageLimits = DEFAULT_LIMITS) -> None:
         self.spec = spec
         self.limits = limits
+        # Of the last image, if it was a Uri with `look`: its bytes and last change (microseconds since 1970), None if unknown.
+        self.state: State = (None, None)
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
 
     def decode_into(self, source: Source, pixels: np.ndarray, *, timeout_s: float = TIMEOUT_S, tries: int = 2) -> Reply:
         """Decode an image into `pixels` (H, W, 3) uint8. Returns (width, height) or the error.
 
-        That is ImageCrashedDecoder (of a Uri ImageUnreadable) where the process died, or did not end in `timeout_s`, at each
-        of `tries`.
+        That is ImageCrashedDecoder (of what is fetched ImageUnreadable) where the process died, or did not end in
+        `timeout_s`, at each of `tries`.
         """
+        self.state = (None, None)
         for _ in range(tries):
             connection = self._connection or self._start(timeout_s)
             try:
                 return self._ask(connection, source, pixels, timeout_s)
             except (EOFError, OSError):  # it died, or was too slow
                 self.close()
-        if isinstance(source, Uri):  # more likely the file system's fault than the image's
+        if isinstance(source, (Uri, Section)) and "://" in source.address:
+            # More likely the file system's fault than the image's.
             return ImageUnreadable(
                 f"fetching and decoding {source.address!r} took over {timeout_s:.0f} s, or ended its process"
             )
@@ -76,7 +93,8 @@ class DecodeProcess:
 
     def _ask(self, connection: Connection, source: Source, pixels: np.ndarray, timeout_s: float) -> Reply:
         connection.send(source)
-        reply: Reply = _receive(connection, timeout_s)
+        reply: Reply
+        reply, self.state = _receive(connection, timeout_s)
         if not isinstance(reply, ClipfleetError):
             connection.recv_bytes_into(pixels.data.cast("B"))
         return reply
@@ -124,15 +142,22 @@ def serve(descriptor: int) -> None:
         spec, limits = connection.recv()
         connection.send("ready")
         while True:
-            pixels, reply = _decode(connection.recv(), spec, limits)
-            connection.send(reply)
+            source = connection.recv()
+            state = _look(source.address) if isinstance(source, Uri) and source.look else (None, None)
+            pixels, reply = _decode(source, spec, limits)
+            connection.send((reply, state))
             if pixels is not None:
                 connection.send_bytes(pixels.data.cast("B"))
 
 
 def _decode(source: Source, spec: PixelSpec, limits: ImageLimits) -> tuple[np.ndarray | None, Reply]:
     try:
-        content = _fetch(source.address, limits) if isinstance(source, Uri) else source
+        if isinstance(source, Uri):
+            content = _fetch(source.address, limits)
+        elif isinstance(source, Section):
+            content = _read_section(source, limits)
+        else:
+            content = source
         pixels, width, height = decode(content, spec, limits)
     except ClipfleetError as error:
         return None, error
@@ -141,15 +166,53 @@ def _decode(source: Source, spec: PixelSpec, limits: ImageLimits) -> tuple[np.nd
     return pixels, (width, height)
 
 
+def _look(uri: str) -> State:
+    with suppress(Exception):  # each file system has errors of its own; fetching the object names them
+        filesystem, path = _filesystem(uri)
+        info = filesystem.get_file_info(path)
+        return info.size, None if info.mtime_ns is None else info.mtime_ns // 1000
+    return None, None
+
+
 def _fetch(uri: str, limits: ImageLimits) -> bytes:
     """Read an object, but never more than the limit."""
-    from pyarrow import fs  # here, because local files need none of it
-
-    try:
-        filesystem, path = fs.FileSystem.from_uri(uri)
+    with _errors_of(uri):
+        filesystem, path = _filesystem(uri)
         with filesystem.open_input_stream(path) as stream:
             return stream.read(limits.max_bytes + 1)  # decode() refuses what is longer
+
+
+def _read_section(section: Section, limits: ImageLimits) -> bytes:
+    """Read a part of a file, but never more than the limit."""
+    wanted = min(section.length, limits.max_bytes + 1)  # decode() refuses what is longer
+    with _errors_of(section.address):
+        if "://" in section.address:
+            content = _open_remote(section.address).read_at(wanted, section.offset)
+        else:
+            with open(section.address, "rb") as file:
+                content = os.pread(file.fileno(), wanted, section.offset)
+    if len(content) < wanted:
+        raise ImageUnreadable(f"{section.address!r} has become shorter than it was when it was listed")
+    return content
+
+
+@contextmanager
+def _errors_of(address: str) -> Iterator[None]:
+    try:
+        yield
     except FileNotFoundError as error:
-        raise ImageNotFound(f"no object at {uri!r}") from error
+        raise ImageNotFound(f"no object at {address!r}") from error
     except Exception as error:  # each file system has errors of its own
-        raise ImageUnreadable(f"cannot read {uri!r}: {error}") from error
+        raise ImageUnreadable(f"cannot read {address!r}: {error}") from error
+
+
+def _filesystem(uri: str) -> tuple[Any, str]:
+    from pyarrow import fs  # here, because local files need none of it
+
+    return fs.FileSystem.from_uri(uri)
+
+
+@lru_cache(maxsize=1)  # the images of a tar come one after the other
+def _open_remote(uri: str) -> Any:
+    filesystem, path = _filesystem(uri)
+    return filesystem.open_input_file(path)

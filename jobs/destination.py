@@ -23,6 +23,7 @@ from pathlib import Path
 
 from clipfleet.errors import JobError, SettingsError
 
+GO_ON = "What is finished is kept; the same command goes on from there"
 _PRIVATE = ".clipfleet"
 
 

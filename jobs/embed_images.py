@@ -9,81 +9,33 @@ tasks to the actors, and back here come only counts.
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from typing import Any, cast
 
 from clipfleet.checkpoint import EMBEDDED, Checkpoint, find_checkpoint
 from clipfleet.errors import ClipfleetError, JobError, SettingsError
 from clipfleet.fingerprint import fingerprint
 from clipfleet.images import ImageLimits
-from jobs import manifests, output
+from jobs import manifests, output, parts
 from jobs.decoding import DecodePlan, decode_tasks
-from jobs.destination import Claim, claim
+from jobs.destination import GO_ON, Claim, claim
 from jobs.encoding import EncodeActor, EncodePlan
-from jobs.ledger import Ledger, State, write_tasks
+from jobs.items import Source
 from jobs.local_ray import DECODE_CPUS, Resources, connected, place, quiet_data
 from jobs.options import EmbedOptions
-from jobs.output import Origin
+from jobs.parts import Origin
+from jobs.places import is_uri
+from jobs.planning import PIXEL_BYTES, Work, plan
 from jobs.progress import Progress
-from jobs.sources import Item, Source, is_uri, open_files
+from jobs.sources import COMPRESSED, TAR, open_files
+from jobs.stopping import Stop
+from jobs.summary import Summary
 
-FINISHED, STOPPED, WRONG_USAGE, FINISHED_WITH_FAILURES = 0, 1, 2, 3
-_PIXEL_BYTES = 32 * 2**20  # of one output file's images; a block of Ray Data holds one file's
 _TASKS_AT_MOST = 10_000  # more work than that goes to tasks in groups
-_FILES_PER_BYTES_TASK = 16  # a task reads a manifest's row group from its start, so it should use much of it
-
-
-@dataclass(frozen=True)
-class Summary:
-    """`rows`, `embedded`, `failed` and `errors` describe the finished DEST; `skipped` (inputs that were finished
-    before), `seconds`, `startup_seconds` (until an encoder was ready) and `images_per_second` (from then on) describe
-    this run."""
-
-    rows: int
-    embedded: int
-    failed: int
-    skipped: int
-    errors: dict[str, int]
-    images_per_second: float
-    seconds: float
-    startup_seconds: float
-    fingerprint: str
-    model: str
-    precision: str
-    engine: str
-    jpegs: str
-
-    @property
-    def exit_status(self) -> int:
-        return FINISHED_WITH_FAILURES if self.failed else FINISHED
-
-    def __str__(self) -> str:
-        lines = [f"{self.rows} rows: {self.embedded} embedded, {self.failed} failed"]
-        lines += [f"  {number} {code}" for code, number in self.errors.items()]
-        if self.images_per_second:
-            lines.append(
-                f"{self.images_per_second:.1f} images/s over {self.seconds:.1f} s, {self.startup_seconds:.1f} s of it to start"
-            )
-        else:
-            lines.append("nothing to do: every input was finished before")
-        if "," in self.precision + self.engine + self.jpegs:
-            settings = f"precision {self.precision}; engine {self.engine}; JPEGs {self.jpegs}"
-            lines.append(f"made in part by different settings: {settings}")
-        if self.skipped and self.images_per_second:
-            lines.append(f"{self.skipped} inputs were finished before and skipped")
-        return "\n".join(lines)
-
-
-def exit_status(error: ClipfleetError) -> int:
-    """The status to end with when run() raised `error`."""
-    return WRONG_USAGE if isinstance(error, SettingsError) else STOPPED
 
 
 def run(options: EmbedOptions, *, progress: bool = True) -> Summary:
@@ -96,42 +48,28 @@ def run(options: EmbedOptions, *, progress: bool = True) -> Summary:
     started = time.time()
     source = _open_source(options)
     checkpoint = find_checkpoint(options.model)
-    engine = options.engine_on(gpu=options.device.startswith("cuda"))
     origin = Origin(
         fingerprint(checkpoint),
         checkpoint.served_name,
         checkpoint.revision,
         options.precision,
-        engine,
+        options.engine_on(gpu=options.device.startswith("cuda")),
         "reduced" if options.reduced_jpeg else "whole",
+        options.collection,
     )
+    stop = Stop()
     try:
-        with _stoppable(), claim(options.dest) as claimed:
+        with stop.heard(), claim(options.dest) as claimed:
             work = _plan(options, source, checkpoint, origin, claimed)
             if work.pending:
-                (claimed.folder / output.SUMMARY).unlink(missing_ok=True)
-                origin, ready = _execute(options, work, checkpoint, origin, claimed, progress)
+                with suppress(OSError):  # of a DEST that cannot be written, the encoders tell more
+                    (claimed.folder / output.SUMMARY).unlink(missing_ok=True)
+                origin, ready = _execute(options, work, checkpoint, origin, claimed, stop, progress)
             else:
                 ready = time.time()
-            return _finish(work, origin, claimed, started, ready)
+            return _finish(options, work, origin, claimed, started, ready)
     except KeyboardInterrupt:
-        raise JobError(f"stopped. {_GO_ON}") from None
-
-
-_GO_ON = "What is finished is kept; the same command goes on from there"
-
-
-@dataclass(frozen=True)
-class _Work:
-    """What a run has to do."""
-
-    source: Source
-    tasks: Path
-    task_count: int
-    rows_per_file: int
-    pending: int
-    skipped: int
-    before: int  # rows that DEST holds and keeps
+        raise JobError(f"stopped. {GO_ON}") from None
 
 
 def _open_source(options: EmbedOptions) -> Source:
@@ -139,61 +77,47 @@ def _open_source(options: EmbedOptions) -> Source:
     if not is_uri(path) and os.path.isfile(os.path.expanduser(path)):
         if path.lower().endswith(manifests.SUFFIXES):
             return manifests.open_manifest(options)
-        raise SettingsError(f"{path!r} is no manifest; give a folder, a glob, or {', '.join(manifests.SUFFIXES)}")
+        if not path.lower().endswith((TAR, *COMPRESSED)):
+            known = ", ".join((TAR, *manifests.SUFFIXES))
+            raise SettingsError(f"{path!r} is no manifest; give a folder, a glob, or {known}")
     for name in ("path_column", "bytes_column", "id_column"):
         if getattr(options, name):
             raise SettingsError(f"{name} is for manifests, and {path!r} is none")
     return open_files(path)
 
 
-def _plan(options: EmbedOptions, source: Source, checkpoint: Checkpoint, origin: Origin, claimed: Claim) -> _Work:
-    height, width = checkpoint.pixels.size
-    rows_per_file = max(1, min(options.rows_per_file, _PIXEL_BYTES // (height * width * 3)))
-    rows_per_task = rows_per_file * (_FILES_PER_BYTES_TASK if source.manifest else 1)
-    skipped = 0
-    with Ledger(claimed.scratch / "ids.sqlite") as ledger:
-        before, failed_in = _record_finished(ledger, claimed, origin)
-
-        def pending() -> Iterator[Item]:
-            nonlocal skipped
-            for item in source.items:
-                state = ledger.claim(item.id)
-                if state is State.NEW or (state is State.FAILED and options.retry_errors):
-                    yield item
-                else:
-                    skipped += 1
-
-        tasks = claimed.scratch / "tasks"
-        task_count, rows = write_tasks(pending(), tasks, rows_per_task)
-        if rows + skipped == 0:
-            raise SettingsError(f"{options.source!r} holds no images")
-        if options.retry_errors:
-            before -= sum(output.drop_rows(claimed, name, ledger.is_named) for name in sorted(failed_in))
-    return _Work(source, tasks, task_count, rows_per_file, rows, skipped, before)
-
-
-def _record_finished(ledger: Ledger, claimed: Claim, origin: Origin) -> tuple[int, set[str]]:
-    """Enter DEST's rows; returns how many there are, and the files that hold failed ones."""
-    rows = 0
-    failed_in: set[str] = set()
-    for file, name, error in output.finished(claimed.folder, origin):
-        rows += 1
-        ledger.record(name, State.FAILED if error else State.FINISHED)
-        if error:
-            failed_in.add(file)
-    return rows, failed_in
+def _plan(options: EmbedOptions, source: Source, checkpoint: Checkpoint, origin: Origin, claimed: Claim) -> Work:
+    with options.points.opened() if options.points else nullcontext() as points:
+        if points is None:
+            return plan(options, source, checkpoint.pixels, origin, claimed, lambda _: None)
+        if points.exists():
+            points.check(origin.fingerprint)
+        elif parts.parts(claimed.folder):
+            raise JobError(
+                f"{str(claimed.folder)!r} has rows, and the Qdrant collection {options.collection!r} at {options.qdrant!r}, "
+                "which should have them too, is not there. Bring it back, or choose another DEST"
+            )
+        return plan(options, source, checkpoint.pixels, origin, claimed, points.delete)
 
 
 def _execute(
-    options: EmbedOptions, work: _Work, checkpoint: Checkpoint, origin: Origin, claimed: Claim, progress: bool
+    options: EmbedOptions,
+    work: Work,
+    checkpoint: Checkpoint,
+    origin: Origin,
+    claimed: Claim,
+    stop: Stop,
+    progress: bool,
 ) -> tuple[Origin, float]:
     """Do the work. Returns the origin with the engine that the resources gave, and when the first encoder was ready."""
     ready = float("inf")
-    with connected(options.address) as own, _explained():
-        resources = place(options.actors, options.cpus_per_actor, options.gpus_per_actor, options.settled_device, own)
+    with connected(options.address) as own, _explained(claimed):
+        resources = place(options.encoders, options.cpus_per_actor, options.gpus_per_actor, options.settled_device, own)
         origin = replace(origin, engine=options.engine_on(gpu=resources.gpus > 0))
+        flag = claimed.scratch / "stop"
         decode = DecodePlan(
             work.tasks,
+            flag,
             checkpoint.pixels,
             ImageLimits(reduced_jpeg=options.reduced_jpeg),
             work.rows_per_file,
@@ -201,13 +125,27 @@ def _execute(
             work.source.bytes_column,
         )
         encode = EncodePlan(
-            claimed, origin, _everywhere(checkpoint), options.device, options.batch_size, resources.threads
-        )
-        with Progress(work.pending, progress) as shown:
-            for batch in _stream(work.task_count, decode, encode, resources):
-                shown.advance(int(batch["rows"].sum()))
-                ready = min(ready, float(batch["ready"].min()))
+            claimed, origin, options.format, options.points, _everywhere(checkpoint), options.device,
+            options.batch_size, resources.threads,
+        )  # fmt: skip
+        with Progress(work.pending, progress) as shown, _counted_stop(shown, work):
+            with stop.draining(flag):
+                for batch in _stream(work.task_count, decode, encode, resources):
+                    shown.advance(int(batch["rows"].sum()))
+                    ready = min(ready, float(batch["ready"].min()))
+            if stop.asked and shown.done < work.pending:
+                raise KeyboardInterrupt
     return origin, min(ready, time.time())  # another node's clock may be ahead
+
+
+@contextmanager
+def _counted_stop(shown: Progress, work: Work) -> Iterator[None]:
+    """Say how far the job is when it is stopped."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        done, total = work.skipped + shown.done, work.skipped + work.pending
+        raise JobError(f"stopped: {done} of {total} images are done. {GO_ON}") from None
 
 
 def _everywhere(checkpoint: Checkpoint) -> str:
@@ -228,7 +166,7 @@ def _stream(task_count: int, decode: DecodePlan, encode: EncodePlan, resources: 
             num_cpus=DECODE_CPUS,
             # What its pixels take. The encoders reserve no memory, and between stages whose resources are equal Ray
             # Data sees one stage: it would decode in the actors.
-            memory=_PIXEL_BYTES,
+            memory=PIXEL_BYTES,
         )
         dataset = dataset.map_batches(
             EncodeActor,
@@ -242,18 +180,22 @@ def _stream(task_count: int, decode: DecodePlan, encode: EncodePlan, resources: 
     yield from cast(Iterator[dict[str, Any]], dataset.iter_batches(batch_size=None, prefetch_batches=0))
 
 
-def _finish(work: _Work, origin: Origin, claimed: Claim, started: float, ready: float) -> Summary:
+def _finish(options: EmbedOptions, work: Work, origin: Origin, claimed: Claim, started: float, ready: float) -> Summary:
+    parts.remove_unnamed(claimed)
     held = output.count(claimed.folder)
     if held.rows != work.before + work.pending:
         raise JobError(
             f"DEST holds {held.rows} rows instead of {work.before + work.pending}: "
-            f"files were changed while the job ran. {_GO_ON}"
+            f"files were changed while the job ran. {GO_ON}"
         )
     seconds, startup = time.time() - started, max(0.0, ready - started)
+    made_by = {name: ", ".join(sorted(values)) or getattr(origin, name) for name, values in held.made_by.items()}
+    tolerance = options.tolerance
     summary = Summary(
         rows=held.rows,
-        embedded=held.rows - held.failed,
+        embedded=held.rows - held.failed - held.gone,
         failed=held.failed,
+        gone=held.gone,
         skipped=work.skipped,
         errors=held.errors,
         images_per_second=round(work.pending / max(seconds - startup, 1e-3), 2),
@@ -261,29 +203,29 @@ def _finish(work: _Work, origin: Origin, claimed: Claim, started: float, ready: 
         startup_seconds=round(startup, 2),
         fingerprint=origin.fingerprint,
         model=origin.model,
-        precision=", ".join(held.precisions) or origin.precision,
-        engine=", ".join(held.engines) or origin.engine,
-        jpegs=", ".join(held.jpegs) or origin.jpegs,
+        verdict=tolerance.verdict(held.failed, held.rows) if tolerance else None,
+        **made_by,
     )
-    output.write_summary(claimed, vars(summary))
+    output.write_summary(claimed, summary.as_json())
     return summary
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
+def _explained(claimed: Claim) -> Iterator[None]:
     """Turn what Ray raises into the error that caused it."""
     try:
         yield
-    except ClipfleetError:
-        raise
     except Exception as error:
+        if not claimed.folder.is_dir():  # whichever process noticed it first
+            raise parts.cannot_write(claimed.folder, error) from error
         causes = list(_causes(error))
-        for cause in causes:
-            if isinstance(cause, ClipfleetError):
-                raise cause from None
+        # The innermost one: what Ray raises for one of our errors is one too, and reads as a traceback.
+        for ours in (cause for cause in reversed(causes) if isinstance(cause, ClipfleetError)):
+            raise type(ours)(ours.message, index=ours.index, **ours.data) from None  # without Ray Data's advice
         root = causes[-1]
-        line = (str(root).strip().splitlines() or [""])[-1]
-        raise JobError(f"the job stopped: {type(root).__name__}: {line}. {_GO_ON}") from error
+        said = str(root).partition("\nFailed to ")[0]  # Ray Data appends its advice
+        line = (said.strip().splitlines() or [""])[-1]
+        raise JobError(f"the job stopped: {type(root).__name__}: {line}. {GO_ON}") from error
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -292,24 +234,6 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         seen.add(id(error))
         yield error
         error = getattr(error, "cause", None) or error.__cause__
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """Let SIGTERM stop the job as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def main() -> None:

@@ -14,7 +14,8 @@ from clipfleet.fingerprint import fingerprint
 from deployments.imports import encoder_class
 from jobs.decoding import unpack
 from jobs.destination import Claim
-from jobs.output import Origin, write_part
+from jobs.parts import Origin, write
+from jobs.qdrant import Collection, Points
 
 if TYPE_CHECKING:
     from clipfleet.encoder import Encoder
@@ -22,10 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EncodePlan:
-    """What an encoder has to know. `threads` are those of a CPU."""
+    """What an encoder has to know. `threads` are those of a CPU, `points` is the Qdrant collection to fill, if any."""
 
     claim: Claim
     origin: Origin
+    format: str
+    points: Collection | None
     model: str
     device: str
     batch_size: int
@@ -38,8 +41,12 @@ class EncodeActor:
     def __init__(self, plan: EncodePlan) -> None:
         self._plan = plan
         self._failure: Exception | None = None
+        self._points: Points | None = None
         try:
             self._encoder = _load(plan)
+            if plan.points is not None:
+                self._points = Points(plan.points)
+                self._points.prepare(self._encoder.dimension, plan.origin.fingerprint)
         except Exception as error:  # of an actor that does not start, Ray would keep the text alone
             self._failure = error
         self._ready = time.time()
@@ -54,8 +61,10 @@ class EncodeActor:
         rows, pixels = unpack(row, batch, self._encoder.checkpoint.pixels.size)
         size = self._plan.batch_size
         vectors = [self._encoder.encode_pixels(pixels[start : start + size]) for start in range(0, len(pixels), size)]
-        empty = np.zeros((0, self._encoder.dimension), np.float32)
-        write_part(self._plan.claim, self._plan.origin, rows, np.concatenate([empty, *vectors]))
+        joined = np.concatenate([np.zeros((0, self._encoder.dimension), np.float32), *vectors])  # (k, d)
+        if self._points is not None:
+            self._points.upload(rows, joined)
+        write(self._plan.claim, self._plan.origin, self._plan.format, rows, joined)
         return {"rows": rows.num_rows, "failed": rows.num_rows - len(pixels), "ready": self._ready}
 
 

@@ -8,23 +8,31 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
-from collections.abc import Iterable, Iterator
 from enum import IntEnum
 from pathlib import Path
 from types import TracebackType
-
-import pyarrow as pa
+from typing import NamedTuple
 
 from clipfleet.errors import JobError
-from jobs.sources import Item
-
-TASK_SCHEMA = pa.schema([("id", pa.string()), ("uri", pa.string()), ("place", pa.binary()), ("row", pa.int64())])
+from jobs.places import UNKNOWN, FileState
 
 
 class State(IntEnum):
+    """What DEST has of an id, and what is to become of it."""
+
     NEW = 0
     FINISHED = 1
     FAILED = 2  # finished with an error
+    GONE = 3  # its file was not there any more
+    REDO = 4  # to be taken out of DEST and done again
+    LOST = 5  # to be marked as gone
+
+
+class Known(NamedTuple):
+    """What DEST has of an id, and the state that its file had then."""
+
+    state: State
+    file: FileState
 
 
 class Ledger:
@@ -35,7 +43,9 @@ class Ledger:
         self._db = sqlite3.connect(path, isolation_level=None)
         for pragma in ("journal_mode=OFF", "synchronous=OFF", "locking_mode=EXCLUSIVE", "cache_size=-65536"):
             self._db.execute(f"PRAGMA {pragma}")
-        self._db.execute("CREATE TABLE ids (digest BLOB PRIMARY KEY, state INT, named INT) WITHOUT ROWID")
+        self._db.execute(
+            "CREATE TABLE ids (digest BLOB PRIMARY KEY, state INT, named INT, part INT, size INT, modified INT) WITHOUT ROWID"
+        )
         self._db.execute("BEGIN")
 
     def __enter__(self) -> Ledger:
@@ -46,71 +56,45 @@ class Ledger:
     ) -> None:
         self._db.close()
 
-    def record(self, name: str, state: State) -> None:
-        """Note that DEST has a row for this id. Raises JobError if it has two."""
+    def record(self, name: str, state: State, part: int = 0, file: FileState = UNKNOWN) -> None:
+        """Note that DEST has a row for this id in its output file number `part`. Raises JobError if it has two."""
         try:
-            self._db.execute("INSERT INTO ids VALUES (?, ?, 0)", (_digest(name), state))
+            self._db.execute("INSERT INTO ids VALUES (?, ?, 0, ?, ?, ?)", (_digest(name), state, part, *file))
         except sqlite3.IntegrityError:
             raise JobError(f"DEST holds id {name!r} twice; remove one of its files and start again") from None
 
-    def claim(self, name: str) -> State:
+    def claim(self, name: str) -> Known:
         """Note that the source names this id, and say what DEST has of it. Raises JobError the second time."""
-        state, named = self._db.execute(
-            "INSERT INTO ids VALUES (?, 0, 1) ON CONFLICT (digest) DO UPDATE SET named = named + 1 RETURNING state, named",
+        state, named, *file = self._db.execute(
+            "INSERT INTO ids VALUES (?, 0, 1, NULL, NULL, NULL) ON CONFLICT (digest) DO UPDATE SET named = named + 1 "
+            "RETURNING state, named, size, modified",
             (_digest(name),),
         ).fetchone()
         if named > 1:
             raise JobError(f"id {name!r} stands in the source twice; ids must differ", id=name)
-        return State(state)
+        return Known(State(state), FileState(*file))
 
-    def is_named(self, name: str) -> bool:
-        """Whether the source named this id."""
-        found = self._db.execute("SELECT named FROM ids WHERE digest = ?", (_digest(name),)).fetchone()
-        return found is not None and found[0] > 0
+    def mark(self, name: str, state: State) -> None:
+        """Say what is to become of an id that DEST has."""
+        self._db.execute("UPDATE ids SET state = ? WHERE digest = ?", (state, _digest(name)))
+
+    def mark_unnamed(self) -> None:
+        """Mark as lost what DEST has and the source has not named."""
+        self._db.execute(
+            "UPDATE ids SET state = ? WHERE named = 0 AND state IN (?, ?)", (State.LOST, State.FINISHED, State.FAILED)
+        )
+
+    def state(self, name: str) -> State:
+        """What is to become of an id that DEST has."""
+        return State(self._db.execute("SELECT state FROM ids WHERE digest = ?", (_digest(name),)).fetchone()[0])
+
+    def parts_to_change(self) -> list[int]:
+        """The output files with rows to redo or to mark as gone."""
+        rows = self._db.execute(
+            "SELECT DISTINCT part FROM ids WHERE state IN (?, ?) ORDER BY part", (State.REDO, State.LOST)
+        )
+        return [part for (part,) in rows if part is not None]
 
 
 def _digest(name: str) -> bytes:
     return hashlib.blake2b(name.encode(), digest_size=16).digest()
-
-
-def write_tasks(items: Iterable[Item], folder: Path, rows_per_task: int) -> tuple[int, int]:
-    """Write items as numbered files for the decode tasks. Returns how many files and how many items."""
-    folder.mkdir()
-    tasks = rows = 0
-    for tasks, chunk in enumerate(_chunks(items, rows_per_task), start=1):
-        rows += len(chunk)
-        table = pa.Table.from_pylist([_task_row(item) for item in chunk], schema=TASK_SCHEMA)
-        with pa.OSFile(str(task_file(folder, tasks - 1)), "wb") as sink, pa.ipc.new_file(sink, TASK_SCHEMA) as writer:
-            writer.write_table(table)
-    return tasks, rows
-
-
-def task_file(folder: Path, number: int) -> Path:
-    return folder / f"{number:09d}.arrow"
-
-
-def read_task(folder: Path, number: int) -> pa.Table:
-    """The rows (id, uri, place, row) of one task."""
-    with pa.OSFile(str(task_file(folder, number)), "rb") as file:
-        return pa.ipc.open_file(file).read_all()
-
-
-def _task_row(item: Item) -> dict[str, object]:
-    by_row = isinstance(item.place, int)
-    return {
-        "id": item.id,
-        "uri": item.uri,
-        "place": None if by_row else item.place,
-        "row": item.place if by_row else None,
-    }
-
-
-def _chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    chunk: list[Item] = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk

@@ -150,6 +150,7 @@ def quiet_data() -> Iterator[None]:
     ours = {
         "enable_progress_bars": False,
         "print_on_execution_start": False,
+        "raise_original_map_exception": True,  # wrapped in one of its own, it would lose its cause on the way to us
         "max_consecutive_actor_init_deaths": 3,  # by default one encoder killed while it loads would end the job
     }
     before = {name: getattr(context, name) for name in ours}

@@ -19,8 +19,9 @@ import pyarrow.parquet as pq
 from pyarrow import csv
 
 from clipfleet.errors import JobError, SettingsError
+from jobs.items import Item, Source
 from jobs.options import EmbedOptions
-from jobs.sources import Item, Source, is_uri, printable
+from jobs.places import is_uri, printable, without_secrets
 
 DEFAULT_PATH_COLUMN = "path"
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
@@ -70,7 +71,7 @@ def _items(manifest: str, id_column: str | None, path_column: str | None) -> Ite
             yield Item(printable(name), f"{printable(manifest)}#{number}", number)
         else:
             place = None if path is None else resolve(path, folder)
-            yield Item(printable(name), None if place is None else printable(place), _encoded(place))
+            yield Item(printable(name), None if place is None else printable(without_secrets(place)), _encoded(place))
 
 
 def resolve(path: str, folder: str) -> str:

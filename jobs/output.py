@@ -1,12 +1,10 @@
-"""The Parquet files of DEST: written whole, read for what is finished, rewritten without failed rows."""
+"""All that DEST holds: what is finished, what is to be taken out or marked, and what there is in the end."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,132 +13,83 @@ import pyarrow.parquet as pq
 
 from clipfleet.errors import FingerprintMismatch, JobError
 from jobs.destination import Claim
+from jobs.ledger import State
+from jobs.parts import GONE, PREFIX, Origin, cannot_write, format_of, parts, reading, rewrite
+from jobs.places import UNKNOWN, FileState
 
-PREFIX = "clipfleet."
 SUMMARY = "_clipfleet.json"
 
-
-@dataclass(frozen=True)
-class Origin:
-    """What made the vectors; stands in every file's metadata."""
-
-    fingerprint: str
-    model: str
-    revision: str | None
-    precision: str
-    engine: str
-    jpegs: str = "whole"  # or reduced
-
-    def metadata(self) -> dict[str, str]:
-        return {f"{PREFIX}{name}": value or "" for name, value in vars(self).items()}
+Finished = tuple[str, str | None, FileState]  # id, error, the state that its file had
 
 
-def schema(dimension: int, origin: Origin) -> pa.Schema:
-    """The columns of every file; `embedding` is null where `error` is not."""
-    return pa.schema(
-        [
-            pa.field("id", pa.string(), nullable=False),
-            ("uri", pa.string()),
-            ("embedding", pa.list_(pa.float32(), dimension)),
-            ("width", pa.int32()),
-            ("height", pa.int32()),
-            ("error", pa.string()),
-        ],
-        metadata=origin.metadata(),
-    )
-
-
-def write_part(claim: Claim, origin: Origin, rows: pa.Table, vectors: np.ndarray) -> None:
-    """Publish one file of `rows` (id, uri, width, height, error) and the vectors (k, d) of those without error.
-
-    The file's name follows from the ids, so a repeated write replaces the first.
-    """
-    good = rows.column("error").is_null().to_numpy()
-    spread = np.zeros((rows.num_rows, vectors.shape[1]), np.float32)  # (n, d)
-    spread[good] = vectors
-    embedding = pa.FixedSizeListArray.from_arrays(pa.array(spread.ravel()), spread.shape[1], mask=pa.array(~good))
-    target = schema(spread.shape[1], origin)
-    table = rows.append_column("embedding", embedding).select(target.names).cast(target)
-    digest = hashlib.sha256()
-    for name in rows.column("id").to_pylist():
-        digest.update(name.encode() + b"\0")
-    _publish(claim, table.replace_schema_metadata(target.metadata), f"part-{digest.hexdigest()[:24]}.parquet")
-
-
-def _publish(claim: Claim, table: pa.Table, name: str) -> None:
-    draft = claim.scratch / f"{name}.{np.random.SeedSequence().entropy:x}"  # a retry may run beside the first try
-    try:
-        pq.write_table(table, draft)
-        claim.publish(draft, name)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def parts(folder: Path) -> list[Path]:
-    """The output files, in a fixed order."""
-    return sorted(folder.glob("part-*.parquet"))
-
-
-def finished(folder: Path, origin: Origin) -> Iterator[tuple[str, str, str | None]]:
-    """(file name, id, error) of every finished row. Raises FingerprintMismatch, or JobError for files not ours."""
+def finished(folder: Path, origin: Origin, format: str) -> Iterator[tuple[str, Iterator[Finished]]]:
+    """Each file's name, and its rows. Raises FingerprintMismatch, or JobError for files that are not this job's."""
     for path in parts(folder):
-        with _open(path) as file:
-            _check_origin(path, file, origin)
-            table = file.read(["id", "error"])
-        for name, error in zip(table.column("id").to_pylist(), table.column("error").to_pylist(), strict=True):
-            yield path.name, name, error
+        with reading(path) as file:
+            _check_origin(path, file, origin, format)
+            names = file.schema_arrow.names
+            table = file.read([name for name in ("id", "error", "size", "modified") if name in names])
+        yield path.name, _rows(table)
 
 
-@contextmanager
-def _open(path: Path) -> Iterator[pq.ParquetFile]:
-    try:
-        with pq.ParquetFile(path) as file:
-            yield file
-    except (OSError, pa.ArrowException) as error:
-        raise JobError(
-            f"{str(path)!r} cannot be read as Parquet: {error}. Remove it and start again: its images are done anew"
-        ) from error
+def _rows(table: pa.Table) -> Iterator[Finished]:
+    states: Iterator[FileState] | list[FileState] = [UNKNOWN] * table.num_rows  # of a version that kept none
+    if "modified" in table.column_names:
+        modified = table.column("modified").cast(pa.int64()).to_pylist()
+        states = map(FileState, table.column("size").to_pylist(), modified)
+    yield from zip(table.column("id").to_pylist(), table.column("error").to_pylist(), states, strict=True)
 
 
-def _check_origin(path: Path, file: pq.ParquetFile, origin: Origin) -> None:
-    metadata = file.schema_arrow.metadata or {}
-    found = metadata.get(f"{PREFIX}fingerprint".encode(), b"").decode()
+def _check_origin(path: Path, file: pq.ParquetFile, origin: Origin, format: str) -> None:
+    metadata = {key.decode(): value.decode() for key, value in (file.schema_arrow.metadata or {}).items()}
+    found = metadata.get(f"{PREFIX}fingerprint", "")
     if not found:
         raise JobError(f"{str(path)!r} was not written by clipfleet; choose another DEST")
     if found != origin.fingerprint:
-        model = metadata.get(f"{PREFIX}model".encode(), b"?").decode()
+        model = metadata.get(f"{PREFIX}model", "?")
         raise FingerprintMismatch(
             f"{str(path.parent)!r} holds vectors of {model} with fingerprint {found}; those of {origin.model} have "
             f"{origin.fingerprint} and cannot be compared with them. Choose another DEST",
             found=found,
             expected=origin.fingerprint,
         )
+    if (there := format_of(file.schema_arrow)) != format:
+        raise JobError(
+            f"{str(path.parent)!r} holds format {there}, not {format}; give --format {there}, or another DEST"
+        )
+    collection = metadata.get(f"{PREFIX}collection", "")
+    if collection != (origin.collection or ""):
+        kept = (
+            f"rows are in the Qdrant collection {collection!r} too"
+            if collection
+            else "rows are in no Qdrant collection"
+        )
+        asked = f"in {origin.collection!r}" if origin.collection else "in none"
+        raise JobError(f"{str(path.parent)!r}: its {kept}, and new ones would be {asked}; choose another DEST")
 
 
-def drop_rows(claim: Claim, name: str, unwanted: Callable[[str], bool]) -> int:
-    """Take the failed rows whose id is `unwanted` out of a file, in one step. Returns how many."""
-    with _open(claim.folder / name) as file:
-        table = file.read()
-    errors = table.column("error").to_pylist()
-    keep = [
-        error is None or not unwanted(row) for row, error in zip(table.column("id").to_pylist(), errors, strict=True)
-    ]
-    if not any(keep):
-        claim.remove(name)
-    elif not all(keep):
-        _publish(claim, table.filter(pa.array(keep)), name)
-    return len(keep) - sum(keep)
+def change_rows(claim: Claim, name: str, state: Callable[[str], State], before: Callable[[list[str]], None]) -> int:
+    """Take the rows to REDO out of a file and mark the LOST ones as gone, in one step. Returns how many are out.
+
+    `before` gets the ids of all of them first.
+    """
+    with reading(claim.folder / name) as file:
+        ids = file.read(["id"]).column("id").to_pylist()
+    states = np.array([state(row) for row in ids])
+    redo, lost = states == State.REDO, states == State.LOST
+    before([row for row, changed in zip(ids, redo | lost, strict=True) if changed])
+    rewrite(claim, name, ~redo, lost)
+    return int(redo.sum())
 
 
-@dataclass(frozen=True)
+@dataclass
 class Count:
-    """What DEST holds."""
+    """What DEST holds. `errors` counts the failed rows by their code."""
 
-    rows: int
-    errors: dict[str, int]
-    precisions: list[str]
-    engines: list[str]
-    jpegs: list[str]
+    rows: int = 0
+    gone: int = 0
+    errors: dict[str, int] = field(default_factory=dict)
+    made_by: dict[str, set[str]] = field(default_factory=lambda: {"precision": set(), "engine": set(), "jpegs": set()})
 
     @property
     def failed(self) -> int:
@@ -148,22 +97,27 @@ class Count:
 
 
 def count(folder: Path) -> Count:
-    """Count the rows of all files, and the failed ones by their code."""
-    rows = 0
-    errors: dict[str, int] = {}
-    found: dict[str, set[str]] = {"precision": set(), "engine": set(), "jpegs": set()}
+    """Count the rows of all files."""
+    held = Count()
     for path in parts(folder):
-        with _open(path) as file:
-            rows += file.metadata.num_rows
-            for name, values in found.items():
+        with reading(path) as file:
+            held.rows += file.metadata.num_rows
+            for name, values in held.made_by.items():
                 values.add((file.schema_arrow.metadata or {}).get(f"{PREFIX}{name}".encode(), b"").decode())
             for code in file.read(["error"]).column("error").drop_null().to_pylist():
-                errors[code] = errors.get(code, 0) + 1
-    return Count(rows, dict(sorted(errors.items())), *map(sorted, found.values()))
+                if code == GONE:
+                    held.gone += 1
+                else:
+                    held.errors[code] = held.errors.get(code, 0) + 1
+    held.errors = dict(sorted(held.errors.items()))
+    return held
 
 
 def write_summary(claim: Claim, summary: dict[str, object]) -> None:
     """Publish `_clipfleet.json`, which says that DEST is finished."""
     draft = claim.scratch / SUMMARY
-    draft.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    claim.publish(draft, SUMMARY)
+    try:
+        draft.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        claim.publish(draft, SUMMARY)
+    except OSError as error:
+        raise cannot_write(claim.folder, error) from error

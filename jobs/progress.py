@@ -15,7 +15,7 @@ class Progress:
     """Counts images of `total`; shows rate and time left. `shown=False` keeps it silent."""
 
     def __init__(self, total: int, shown: bool) -> None:
-        self._done, self._printed, self._total = 0, 0, total
+        self.done, self._printed, self._total = 0, 0, total
         self._shown = shown
         self._started = self._last = time.monotonic()
         terminal = shown and sys.stderr.isatty()
@@ -29,11 +29,11 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
-        elif self._shown and self._done != self._printed:
+        elif self._shown and self.done != self._printed:
             self._print()
 
     def advance(self, images: int) -> None:
-        self._done += images
+        self.done += images
         if self._bar is not None:
             self._bar.update(images)
         elif self._shown and time.monotonic() - self._last >= EVERY_S:
@@ -41,7 +41,7 @@ class Progress:
             self._print()
 
     def _print(self) -> None:
-        self._printed = self._done
-        rate = self._done / max(time.monotonic() - self._started, 1e-9)
-        left = tqdm.format_interval((self._total - self._done) / rate)
-        print(f"Embedding: {self._done}/{self._total} images, {rate:.1f} images/s, {left} left", file=sys.stderr)
+        self._printed = self.done
+        rate = self.done / max(time.monotonic() - self._started, 1e-9)
+        left = tqdm.format_interval((self._total - self.done) / rate)
+        print(f"Embedding: {self.done}/{self._total} images, {rate:.1f} images/s, {left} left", file=sys.stderr)

@@ -2,7 +2,8 @@
 
 Names are sorted folder by folder. Hidden files and folders (a leading dot) are left out, symbolic links to files
 are followed, those to folders are not. A folder gives the files with a suffix of an accepted format, in either
-case; other files in it are no images and are ignored. A glob gives every file that it matches.
+case; other files in it are no images and are ignored. A glob gives every file that it matches. Where tar shards are
+found instead, their members are what there is to embed (tars.py).
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import os
 import pickle
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import islice
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, NamedTuple
 from urllib.parse import quote, unquote, urlsplit
@@ -23,98 +24,142 @@ from pyarrow import fs
 
 from clipfleet.errors import JobError, SettingsError
 from clipfleet.images import SUFFIXES
+from jobs.items import Item, Source
+from jobs.places import UNKNOWN, FileState, is_uri, open_filesystem, printable, split_query, state_of, without_secrets
+from jobs.tars import shard_items
 
 WILDCARDS = "*?["
+TAR = ".tar"
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 _RUN = 500_000  # names of one folder that are sorted in memory at a time
 
-Entry = tuple[str, bool]  # name, whether it is a folder
+Entry = tuple[str, bool, FileState]  # name, whether it is a folder, what the listing tells of the file
 ListFolder = Callable[[str], Iterable[Entry]]
 
 
-class Item(NamedTuple):
-    """One input. `place` is an encoded local path or URI, or the row of a manifest that holds bytes, or None if null."""
+class Base(NamedTuple):
+    """The folder of a listing: how people write it, how its file system does, and what a URI has behind the path."""
 
-    id: str
-    uri: str | None
-    place: bytes | int | None
+    written: str
+    inside: str
+    query: str
 
-
-@dataclass(frozen=True)
-class Source:
-    """The inputs, and where their bytes are if a manifest holds them."""
-
-    items: Iterable[Item]
-    manifest: str | None = None
-    bytes_column: str | None = None
-
-
-def printable(name: str) -> str:
-    """A file name as valid Unicode: bytes that are none come out as backslash escapes."""
-    return name.encode("utf-8", "backslashreplace").decode()
-
-
-def is_uri(path: str) -> bool:
-    return "://" in path
+    def item(self, name: str, state: FileState) -> Item:
+        """The file `name`, relative to this folder."""
+        path = f"{self.written.rstrip('/')}/{name}"
+        if not is_uri(path):
+            return Item(printable(name), printable(path), os.fsencode(path), state=state)
+        place = f"{self.written.rstrip('/')}/{quote(name)}{self.query}"
+        return Item(printable(name), printable(without_secrets(path + self.query)), place.encode(), state=state)
 
 
 def open_files(source: str) -> Source:
-    """List a folder or a glob. Raises SettingsError if there is no such folder."""
+    """List a folder, a glob or a tar. Raises SettingsError if there is no such thing."""
     if source.startswith("file://"):
         source = unquote(urlsplit(source).path)
-    base, patterns = _split(source)
-    if not is_uri(base):
-        base = os.path.abspath(os.path.expanduser(base))
-        if not os.path.isdir(base):
-            raise SettingsError(f"there is no folder {base!r}")
-        return Source(_items(base, patterns, base, _list_local))
-    filesystem, folder = open_filesystem(base)
-    if filesystem.get_file_info(folder).type != fs.FileType.Directory:
-        raise SettingsError(f"there is no folder {base!r}")
-
-    def list_remote(path: str) -> Iterator[Entry]:
-        for info in filesystem.get_file_info(fs.FileSelector(path)):
-            yield info.base_name, info.type == fs.FileType.Directory
-
-    return Source(_items(folder, patterns, base, list_remote))
+    if split_query(source)[0].lower().endswith(COMPRESSED):
+        raise SettingsError(
+            f"{without_secrets(source)!r} is compressed, and members of such a tar cannot be read in place; decompress it"
+        )
+    base, files = _open_base(source)
+    rest = iter(files)
+    ahead = list(islice(rest, 1))
+    everything = chain(ahead, rest)
+    # One kind or the other, as the first file has it: a mixture would be a mistake more often than not.
+    if ahead and _is_tar(ahead[0]):
+        return Source(_members(everything), shards=True)
+    return Source(_images(everything, base.written))
 
 
-def open_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
-    """The file system of a URI, and the path in it. Raises SettingsError for schemes that pyarrow does not know."""
+def _open_base(source: str) -> tuple[Base, Iterable[Item]]:
+    """The folder that `source` names, and its files; a tar is the only one of its folder."""
+    stem, patterns = _split(source)
+    if is_uri(source):
+        query = split_query(source)[1]
+        filesystem, inside = open_filesystem(stem + query)
+        info = _info(filesystem, inside, stem)
+        kind, state, list_folder = info.type, state_of(info), partial(_list_remote, filesystem)
+    else:
+        stem = inside = os.path.abspath(os.path.expanduser(stem))
+        query, state, list_folder = "", UNKNOWN, _list_local
+        kind = fs.FileType.Directory if os.path.isdir(stem) else fs.FileType.File if os.path.isfile(stem) else None
+    if kind == fs.FileType.File and stem.lower().endswith(TAR):
+        folder, _, name = stem.rpartition("/")
+        base = Base(folder or "/", inside.rpartition("/")[0], query)
+        return base, [base.item(unquote(name) if is_uri(stem) else name, state)]
+    if kind != fs.FileType.Directory:
+        raise SettingsError(f"there is no folder {without_secrets(stem)!r}")
+    base = Base(stem, inside, query)
+    return base, _files(base, patterns, list_folder)
+
+
+def _info(filesystem: fs.FileSystem, inside: str, stem: str) -> fs.FileInfo:
     try:
-        return fs.FileSystem.from_uri(uri)
-    except Exception as error:  # each file system has errors of its own
-        raise SettingsError(f"cannot open {uri!r}: {error}") from error
+        return filesystem.get_file_info(inside)
+    except OSError as error:  # nobody answers, or access is denied
+        raise SettingsError(f"cannot open {without_secrets(stem)!r}: {error}") from error
+
+
+def _list_remote(filesystem: fs.FileSystem, path: str) -> Iterator[Entry]:
+    for info in filesystem.get_file_info(fs.FileSelector(path)):
+        yield info.base_name, info.type == fs.FileType.Directory, state_of(info)
+
+
+def _is_tar(item: Item) -> bool:
+    return item.id.lower().endswith(TAR)
+
+
+def _members(files: Iterable[Item]) -> Iterator[Item]:
+    for file in files:
+        if not _is_tar(file):
+            raise JobError(f"the source holds tars, and {file.uri!r} is none; give a glob such as 'FOLDER/*{TAR}'")
+        yield from shard_items(file)
+
+
+def _images(files: Iterable[Item], folder: str) -> Iterator[Item]:
+    for file in files:
+        if _is_tar(file):
+            raise JobError(
+                f"{without_secrets(folder)!r} holds images and the tar {file.id!r}; give a glob that matches one kind"
+            )
+        yield file
 
 
 def _split(source: str) -> tuple[str, list[str]]:
-    """Cut a glob before its first wildcard: ("/data", ["a*", "*.png"]); a folder has no patterns."""
-    if os.path.isdir(os.path.expanduser(source)) or not any(sign in source for sign in WILDCARDS):
+    """Cut a glob before its first wildcard: ("/data", ["a*", "*.png"]); a folder has no patterns. In a URI, `?` is none:
+    its query starts there, which is left out."""
+    wildcards = WILDCARDS
+    if is_uri(source):
+        source, wildcards = split_query(source)[0], WILDCARDS.replace("?", "")
+    elif os.path.lexists(os.path.expanduser(source)):
+        return source, []
+    if not any(sign in source for sign in wildcards):
         return source, []
     parts = source.split("/")
-    first = next(number for number, part in enumerate(parts) if any(sign in part for sign in WILDCARDS))
+    first = next(number for number, part in enumerate(parts) if any(sign in part for sign in wildcards))
     base = "/".join(parts[:first]) or ("/" if source.startswith("/") else ".")
     return base, [part for part in parts[first:] if part]
 
 
-def _items(folder: str, patterns: list[str], base: str, list_folder: ListFolder) -> Iterator[Item]:
+def _files(base: Base, patterns: list[str], list_folder: ListFolder) -> Iterator[Item]:
     hidden = any(part.startswith(".") for part in patterns)
     depth = None if not patterns or "**" in patterns else len(patterns)
-    for name in _walk(list_folder, folder, "", hidden, depth):
-        wanted = matches(name.split("/"), patterns) if patterns else name.lower().endswith(SUFFIXES)
+    for name, state in _walk(list_folder, base.inside, "", hidden, depth):
+        wanted = matches(name.split("/"), patterns) if patterns else name.lower().endswith((*SUFFIXES, TAR))
         if wanted:
-            path = f"{base.rstrip('/')}/{name}"
-            place = f"{base.rstrip('/')}/{quote(name)}" if is_uri(base) else path
-            yield Item(printable(name), printable(path), os.fsencode(place))
+            yield base.item(name, state)
 
 
-def _walk(list_folder: ListFolder, folder: str, prefix: str, hidden: bool, depth: int | None) -> Iterator[str]:
-    """Paths of files below `folder`, relative to the first one, at most `depth` levels down."""
+def _walk(
+    list_folder: ListFolder, folder: str, prefix: str, hidden: bool, depth: int | None
+) -> Iterator[tuple[str, FileState]]:
+    """Files below `folder` by their paths relative to the first one, at most `depth` levels down."""
     try:
-        for name, is_folder in in_order(list_folder(folder)):
+        for name, is_folder, state in in_order(list_folder(folder)):
             if name.startswith(".") and not hidden:
                 continue
             if not is_folder:
-                yield prefix + name
+                yield prefix + name, state
             elif depth != 1:
                 deeper = None if depth is None else depth - 1
                 yield from _walk(list_folder, f"{folder.rstrip('/')}/{name}", f"{prefix}{name}/", hidden, deeper)
@@ -127,7 +172,7 @@ def _walk(list_folder: ListFolder, folder: str, prefix: str, hidden: bool, depth
 def _list_local(folder: str) -> Iterator[Entry]:
     with os.scandir(folder) as entries:
         for entry in entries:
-            yield entry.name, entry.is_dir(follow_symlinks=False)
+            yield entry.name, entry.is_dir(follow_symlinks=False), UNKNOWN  # a look at each file would cost a call each
 
 
 def matches(parts: list[str], patterns: list[str]) -> bool:

@@ -71,7 +71,9 @@ def test_the_examples_run_in_order(checkout: Path, environment: dict[str, str]) 
             assert '"object":"list"' in done.stdout
             assert (checkout / "vectors.npy").read_bytes().startswith(b"\x93NUMPY")
         if "read_table" in code:
-            assert done.stdout.startswith("24 ['id', 'uri', 'embedding', 'width', 'height', 'error']")
+            assert done.stdout.startswith(
+                "24 ['id', 'uri', 'embedding', 'width', 'height', 'error', 'size', 'modified']"
+            )
     found = subprocess.run(
         ["python", "-c", "import clipfleet; print(clipfleet.__file__)"],
         cwd=checkout.parent, env=environment, capture_output=True, text=True, check=True,

@@ -95,7 +95,7 @@ def test_the_files_say_what_they_hold(bulk: Bulk) -> None:
     assert len(parts) > 1
     for part in parts:
         schema = pq.read_schema(part)
-        assert schema.names == ["id", "uri", "embedding", "width", "height", "error"]
+        assert schema.names == ["id", "uri", "embedding", "width", "height", "error", "size", "modified"]
         assert schema.field("embedding").type == pa.list_(pa.float32(), 512)
         metadata = {key.decode(): value.decode() for key, value in schema.metadata.items()}
         assert metadata["clipfleet.fingerprint"] == fingerprint(find_checkpoint("tiny"))
@@ -121,7 +121,7 @@ def test_the_run_says_what_it_did(bulk: Bulk) -> None:
     assert lines.count(lines[-1]) == 1 and lines[-1].startswith("Embedding: 2000/2000")
     written = summary(bulk.dest)
     assert list(written) == [
-        "rows", "embedded", "failed", "skipped", "errors", "images_per_second", "seconds", "startup_seconds",
+        "rows", "embedded", "failed", "gone", "skipped", "errors", "images_per_second", "seconds", "startup_seconds",
         "fingerprint", "model", "precision", "engine", "jpegs",
     ]  # fmt: skip
     assert (written["rows"], written["embedded"], written["failed"], written["skipped"]) == (COUNT, COUNT - BAD, BAD, 0)

@@ -12,11 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from clipfleet.errors import ClipfleetError, JobError, SettingsError
-from jobs.embed_images import exit_status, run
+from jobs.embed_images import run
+from jobs.items import Item
 from jobs.ledger import Ledger, State
 from jobs.manifests import open_manifest
 from jobs.options import EmbedOptions
-from jobs.sources import Item, in_order, matches, open_files
+from jobs.places import UNKNOWN, FileState
+from jobs.sources import in_order, matches, open_files
+from jobs.summary import exit_status
+from jobs.tolerance import Tolerance
 from tests.jobs.job import embed, errors, read, summary, vectors
 
 
@@ -67,7 +71,7 @@ class TestFiles:
             assert {name for name in names if matches(name.split("/"), pattern.split("/"))} == wanted, pattern
 
     def test_more_names_than_fit_in_memory_are_sorted_on_disk(self) -> None:
-        names = [(f"{number * 7919 % 1000:03d}", False) for number in range(1000)]
+        names = [(f"{number * 7919 % 1000:03d}", False, UNKNOWN) for number in range(1000)]
         assert list(in_order(iter(names), run=64)) == sorted(names)
 
     def test_what_is_not_there(self, tmp_path: Path) -> None:
@@ -131,12 +135,25 @@ class TestOptions:
             ({"precision": "int4"}, "int4"),
             ({"precision": "int8", "device": "cuda"}, "int8 runs on CPUs"),
             ({"device": "tpu"}, "tpu"),
+            ({"format": "csv"}, "csv"),
+            *[({"max_failures": text}, "max_failures") for text in ("", "many", "-1", "1.5", "101%", "1%%", "nan")],
         ],
     )
     def test_wrong_usage_is_named(self, options: dict[str, Any], words: str) -> None:
         with pytest.raises(SettingsError, match=words) as refused:
             EmbedOptions(source="a", dest="b", **options)
         assert exit_status(refused.value) == 2
+
+    def test_how_many_rows_may_fail(self) -> None:
+        cases = [
+            ("0", 0, 9, False),
+            ("0", 1, 9, True),
+            ("2%", 2, 100, False),
+            ("2%", 3, 100, True),
+            ("0.5%", 1, 199, True),
+        ]
+        for text, failed, rows, exceeded in cases:
+            assert Tolerance.parse(text).exceeded(failed, rows) is exceeded, text
 
     def test_a_column_needs_a_manifest(self, tree: Path, tmp_path: Path) -> None:
         with pytest.raises(SettingsError, match="path_column is for manifests"):
@@ -167,10 +184,17 @@ class TestOptions:
 
 def test_the_ledger_knows_each_id(tmp_path: Path) -> None:
     with Ledger(tmp_path / "ids.sqlite") as ledger:
-        ledger.record("done", State.FINISHED)
-        ledger.record("failed", State.FAILED)
-        assert [ledger.claim(name) for name in ("done", "failed", "new")] == [State.FINISHED, State.FAILED, State.NEW]
-        assert ledger.is_named("new") and not ledger.is_named("other")
+        seen = FileState(7, 10**15)
+        ledger.record("done", State.FINISHED, 3, seen)
+        ledger.record("failed", State.FAILED, 4)
+        ledger.record("other", State.FINISHED, 5)
+        assert ledger.claim("done") == (State.FINISHED, seen)
+        assert ledger.claim("failed") == (State.FAILED, UNKNOWN) and ledger.claim("new").state is State.NEW
+        assert ledger.parts_to_change() == []
+        ledger.mark("failed", State.REDO)
+        ledger.mark_unnamed()
+        assert ledger.parts_to_change() == [4, 5]
+        assert [ledger.state(name) for name in ("done", "failed", "other")] == [State.FINISHED, State.REDO, State.LOST]
         with pytest.raises(JobError, match="'new'"):
             ledger.claim("new")
         with pytest.raises(JobError, match="'done'"):

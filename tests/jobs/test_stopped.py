@@ -9,6 +9,7 @@ import signal
 from contextlib import suppress
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from scripts.draw_shapes import draw
@@ -80,16 +81,39 @@ def test_the_command_killed_and_started_again_at_once(source: Path, tmp_path: Pa
         until(lambda: not of_folder(command.folder), 30, "an end of the first one's processes")
 
 
-def test_ctrl_c_stops_it_with_a_word(source: Path, tmp_path: Path) -> None:
+def test_ctrl_c_finishes_what_is_in_flight(source: Path, tmp_path: Path) -> None:
     with embedding(source, tmp_path) as command:
         half_way(command, tmp_path)
+        before = len(parts(tmp_path))
         command.send(signal.SIGINT)
         assert command.wait(SECONDS) == 1
-        assert command.err.splitlines()[-1] == (
-            "clipfleet: stopped. What is finished is kept; the same command goes on from there"
+        assert "clipfleet: stopping: finishing what is in flight, 30 s at most" in command.err
+        stopped = command.err.splitlines()[-1]
+        rows = len(read(tmp_path))
+        assert stopped == (
+            f"clipfleet: stopped: {rows} of {COUNT} images are done. "
+            "What is finished is kept; the same command goes on from there"
         )
         assert "Traceback" not in command.err
-    assert 0 < len(read(tmp_path)) < COUNT
+    assert len(parts(tmp_path)) > before and rows < COUNT
+    assert list((tmp_path / ".clipfleet").glob("run-*")) == []
+    sizes = [pq.ParquetFile(part).metadata.num_rows for part in tmp_path.glob("part-*")]
+    assert any(size < max(sizes) for size in sizes), "a file that was half decoded is written with what it had"
+    finish(source, tmp_path)
+
+
+def test_a_second_signal_stops_it_at_once(source: Path, tmp_path: Path) -> None:
+    with embedding(source, tmp_path) as command:
+        half_way(command, tmp_path)
+        encoders = [process for process in of_folder(command.folder) if "EncodeActor" in process.title]
+        for process in encoders:  # so that what is in flight stays there
+            os.kill(process.pid, signal.SIGSTOP)
+        command.send(signal.SIGTERM)
+        command.wait_for("clipfleet: stopping")
+        assert not command.ended
+        command.send(signal.SIGTERM)
+        assert command.wait(SECONDS) == 1
+        assert f" of {COUNT} images are done. What is finished is kept" in command.err.splitlines()[-1]
 
 
 def test_killed_workers_are_replaced(source: Path, tmp_path: Path) -> None:
@@ -101,6 +125,18 @@ def test_killed_workers_are_replaced(source: Path, tmp_path: Path) -> None:
                 os.kill(process.pid, signal.SIGKILL)
         assert command.wait(SECONDS) == 0, command.err
     assert sorted(read(tmp_path).column("id").to_pylist()) == sorted(file.name for file in source.iterdir())
+
+
+def test_a_dest_that_vanishes_stops_it_with_one_line(source: Path, tmp_path: Path) -> None:
+    """An error of an encoder or a decode task, as it comes through Ray."""
+    dest, away = tmp_path / "dest", tmp_path / "away"
+    with embedding(source, dest) as command:
+        half_way(command, dest)
+        dest.rename(away)
+        assert command.wait(SECONDS) == 1
+        said = [line for line in command.err.splitlines() if not line.startswith("Embedding: ")]
+    assert said == [f"clipfleet: DEST {str(dest)!r} has vanished while the job ran. Bring it back, or start anew"]
+    assert len(read(away)) >= 3
 
 
 def test_two_jobs_on_one_dest(source: Path, tmp_path: Path) -> None:

@@ -1,0 +1,34 @@
+"""What there is to embed, before anything of it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from jobs.places import UNKNOWN, FileState
+
+
+class Item(NamedTuple):
+    """One input. `place` is an encoded local path or URI, or the row of a manifest that holds bytes, or None if null.
+
+    `section` is where in that file the image lies (offset, bytes), if it is a part of it; `error` is the code of an
+    input that is known to fail; `state` is what the listing told of the file.
+    """
+
+    id: str
+    uri: str | None
+    place: bytes | int | None
+    section: tuple[int, int] | None = None
+    error: str | None = None
+    state: FileState = UNKNOWN
+
+
+@dataclass(frozen=True)
+class Source:
+    """The inputs, and where their bytes are if a manifest holds them. `shards`: whether they are members of tars."""
+
+    items: Iterable[Item]
+    manifest: str | None = None
+    bytes_column: str | None = None
+    shards: bool = False

@@ -1,0 +1,188 @@
+"""A Qdrant collection that holds the vectors of DEST's good rows too, ready to be searched.
+
+A point's id is the UUIDv5 of the row's id in the namespace of URLs, so a row that is uploaded twice is one point. Rows
+are uploaded before their output file gets its name, and deleted before they leave DEST: a finished file means that the
+collection has its rows.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from clipfleet.errors import FingerprintMismatch, JobError
+from jobs.destination import GO_ON
+from jobs.places import is_uri
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from qdrant_client import QdrantClient
+
+_FINGERPRINT = "clipfleet.fingerprint"  # in the collection's metadata
+_TRIES, _PAUSE_S, _TIMEOUT_S = 4, 2.0, 30
+_LOCKED_S = 40.0  # how long the processes of a killed run may hold a folder
+_POINTS = 128  # of one request, some 600 kB at 512 dimensions
+
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class Collection:
+    """A collection of a server (a URL), or of Qdrant's local mode (a folder, which one process at a time opens)."""
+
+    place: str
+    name: str
+    api_key: str | None = field(default=None, repr=False)
+
+    @property
+    def is_folder(self) -> bool:
+        return not is_uri(self.place)
+
+    @contextmanager
+    def opened(self) -> Iterator[Points]:
+        """Connect for as long as the block runs. Raises JobError if nobody answers."""
+        points = Points(self)
+        try:
+            yield points
+        finally:
+            points.close()
+
+
+def point_id(row: str) -> str:
+    """The id of a row's point."""
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, row))
+
+
+class Points:
+    """A connection to a collection. Every method raises JobError where Qdrant fails."""
+
+    def __init__(self, collection: Collection) -> None:
+        self._name, self._place = collection.name, collection.place
+        self._client = self._connect(collection)
+
+    def exists(self) -> bool:
+        """Whether the collection is there."""
+        return self._ask(lambda: self._client.collection_exists(self._name))
+
+    def prepare(self, dimension: int, fingerprint: str) -> None:
+        """Make the collection if it is not there, and check it."""
+        from qdrant_client import models
+
+        if not self.exists():
+            vectors = models.VectorParams(size=dimension, distance=models.Distance.COSINE)
+            try:
+                self._ask(
+                    lambda: self._client.create_collection(
+                        self._name, vectors_config=vectors, metadata={_FINGERPRINT: fingerprint}
+                    )
+                )
+            except JobError:
+                if not self.exists():  # otherwise another encoder was faster
+                    raise
+        self.check(fingerprint, dimension)
+
+    def check(self, fingerprint: str, dimension: int | None = None) -> None:
+        """Raises FingerprintMismatch or JobError if the collection cannot take such vectors."""
+        from qdrant_client import models
+
+        config = self._ask(lambda: self._client.get_collection(self._name)).config
+        vectors = config.params.vectors
+        if not isinstance(vectors, models.VectorParams):
+            raise self._unfit("has named vectors, and one without a name is needed")
+        if vectors.distance != models.Distance.COSINE or dimension not in (None, vectors.size):
+            wanted = f"{dimension or vectors.size} and Cosine are needed"
+            raise self._unfit(f"is for {vectors.size} dimensions and distance {vectors.distance.value}; {wanted}")
+        found = (config.metadata or {}).get(_FINGERPRINT)
+        if not found:
+            raise self._unfit("was not made by clipfleet: it names no fingerprint")
+        if found != fingerprint:
+            raise FingerprintMismatch(
+                f"the Qdrant collection {self._name!r} at {self._place!r} holds vectors with fingerprint {found}, and these "
+                f"have {fingerprint}: they cannot be compared. Choose another collection",
+                found=found,
+                expected=fingerprint,
+            )
+
+    def _unfit(self, why: str) -> JobError:
+        return JobError(f"the Qdrant collection {self._name!r} at {self._place!r} {why}. Choose another name")
+
+    def upload(self, rows: pa.Table, vectors: np.ndarray) -> None:
+        """Upload the rows (id, uri, width, height, error) without error, whose vectors (k, d) are given in their order,
+        and delete the others' points."""
+        from qdrant_client import models
+
+        good = rows.column("error").is_null().to_numpy()
+        listed = rows.select(["id", "uri", "width", "height"]).to_pylist()
+        payloads = [row for row, is_good in zip(listed, good, strict=True) if is_good]
+        for start in range(0, len(payloads), _POINTS):
+            part = payloads[start : start + _POINTS]
+            batch = models.Batch(
+                ids=[point_id(row["id"]) for row in part],
+                vectors=vectors[start : start + _POINTS].tolist(),
+                payloads=part,
+            )
+            self._ask(lambda batch=batch: self._client.upsert(self._name, points=batch, wait=True))
+        self.delete([row["id"] for row, is_good in zip(listed, good, strict=True) if not is_good])
+
+    def delete(self, rows: Sequence[str]) -> None:
+        """Delete the points of these rows, where there are any."""
+        if rows:
+            ids: list[Any] = [point_id(row) for row in rows]
+            self._ask(lambda: self._client.delete(self._name, points_selector=ids, wait=True))
+
+    def close(self) -> None:
+        with suppress(Exception):  # nothing is lost by it
+            self._client.close()
+
+    def _connect(self, collection: Collection) -> QdrantClient:
+        deadline = time.monotonic() + _LOCKED_S
+        while True:
+            try:
+                return _client(collection)
+            except RuntimeError as error:  # the folder is another process's
+                if time.monotonic() > deadline:
+                    raise self._failed(error) from error
+                time.sleep(0.5)
+            except ModuleNotFoundError:
+                raise JobError("uploading to Qdrant needs its client: pip install 'clipfleet[qdrant]'") from None
+            except Exception as error:
+                raise self._failed(error) from error
+
+    def _ask(self, request: Callable[[], Answer]) -> Answer:
+        """Qdrant's answer. Requests are repeated where nobody answers or the server is at fault: each may come twice."""
+        for attempt in range(1, _TRIES + 1):
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # such as that a folder is for small collections
+                    return request()
+            except Exception as error:
+                status = getattr(error, "status_code", None)  # of an answer; without one nobody answered
+                if attempt == _TRIES or (status is not None and status < 500) or not is_uri(self._place):
+                    raise self._failed(error) from error
+                time.sleep(_PAUSE_S)
+        raise AssertionError
+
+    def _failed(self, error: Exception) -> JobError:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return JobError(f"Qdrant at {self._place!r} failed: {lines[0][:300]}. {GO_ON}")
+
+
+def _client(collection: Collection) -> QdrantClient:
+    from qdrant_client import QdrantClient
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # such as that a key goes over plain HTTP, also on loopback
+        if collection.is_folder:
+            path = str(Path(collection.place).expanduser().absolute())
+            return QdrantClient(path=path, force_disable_check_same_thread=True)  # an actor's threads take turns
+        return QdrantClient(
+            url=collection.place, api_key=collection.api_key, timeout=_TIMEOUT_S, check_compatibility=False
+        )

@@ -1,0 +1,141 @@
+"""--changed: files that are not what they were are done again, rows whose files have gone say so, and no id is doubled."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from clipfleet.errors import SettingsError
+from tests.jobs.job import errors, read, vectors
+from tests.jobs.planned import embedded, planned
+from tests.jobs.test_tars import make_tar
+
+
+@pytest.fixture
+def source(tmp_path: Path, files: list[bytes]) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number, data in enumerate(files):
+        (folder / f"{number:02d}.png").write_bytes(data)
+    (folder / "bad.png").write_bytes(b"no image")
+    return folder
+
+
+def touch(file: Path, seconds: int = 5) -> None:
+    """Give a file another time."""
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + seconds * 10**9))
+
+
+@pytest.mark.parametrize("format", ["parquet", "npy"])
+def test_changed_new_and_gone(source: Path, tmp_path: Path, files: list[bytes], format: str) -> None:
+    dest = tmp_path / "out"
+    options = {"format": format, "rows_per_file": 4}
+    assert len(embedded(source, dest, **options)) == 13
+    states = {row["id"]: row for row in read(dest).to_pylist()}
+    assert states["03.png"]["size"] == len(files[3])
+    assert states["03.png"]["modified"].timestamp() == pytest.approx((source / "03.png").stat().st_mtime, abs=1e-5)
+    assert embedded(source, dest, changed=True, **options) == []
+
+    (source / "00.png").write_bytes(files[5])  # another size
+    touch(source / "01.png")
+    touch(source / "bad.png")
+    before = (source / "02.png").stat()
+    (source / "02.png").unlink()
+    (source / "new.png").write_bytes(files[6])
+    assert embedded(source, dest, **options) == ["new.png"], "not asked for, nothing else is looked at"
+    with planned(source, dest, changed=True, **options) as run:
+        assert sorted(run.retired) == ["00.png", "01.png", "02.png", "bad.png"]
+        assert run.work.before == 14 - 3
+        assert run.done() == ["00.png", "01.png", "bad.png"]
+    table = read(dest)
+    ids = table.column("id").to_pylist()
+    assert sorted(ids) == sorted([*states, "new.png"])
+    assert errors(table) == {"02.png": "gone", "bad.png": "image_format_unsupported"}
+    assert {row["id"]: row["size"] for row in table.to_pylist()}["00.png"] == len(files[5])
+    assert embedded(source, dest, changed=True, **options) == []
+
+    (source / "02.png").write_bytes(files[2])
+    os.utime(source / "02.png", ns=(0, before.st_mtime_ns))  # as on a disk that was not mounted
+    assert embedded(source, dest, **options) == []
+    assert embedded(source, dest, changed=True, **options) == ["02.png"]
+    assert errors(read(dest)).keys() == {"bad.png"} and len(read(dest)) == 14
+    if format == "npy":
+        rows = [row for row in read(dest).to_pylist() if row["error"] is None]
+        named = {row["npy"] for row in rows}
+        assert {path.name for path in dest.glob("*.npy")} == named, "no leftovers"
+        assert sum(len(np.load(dest / name)) for name in named) == len(rows) == 13
+
+
+def test_a_dest_of_a_version_without_states_is_done_again_once(source: Path, tmp_path: Path) -> None:
+    dest = tmp_path / "out"
+    embedded(source, dest)
+    for part in dest.glob("part-*"):
+        pq.write_table(pq.read_table(part).drop_columns(["size", "modified"]), part)
+    assert embedded(source, dest) == []
+    before = vectors(read(dest))
+    assert len(before) == 12
+    assert len(embedded(source, dest, changed=True)) == 13
+    assert embedded(source, dest, changed=True) == []
+    assert len(read(dest)) == 13
+
+
+def test_old_rows_are_rewritten_beside_new_ones(source: Path, tmp_path: Path, files: list[bytes]) -> None:
+    dest = tmp_path / "out"
+    embedded(source, dest)
+    for part in dest.glob("part-*"):
+        pq.write_table(pq.read_table(part).drop_columns(["size", "modified"]), part)
+    (source / "bad.png").write_bytes(files[0])
+    assert embedded(source, dest, retry_errors=True) == ["bad.png"]
+    tables = [pq.read_table(part) for part in dest.glob("part-*")]
+    assert sorted(name for table in tables for name in table.column("id").to_pylist()) == sorted(
+        path.name for path in source.iterdir()
+    )
+
+
+def test_manifests_and_tars(source: Path, tmp_path: Path, files: list[bytes]) -> None:
+    manifest = tmp_path / "m.jsonl"
+    paths = [f"pictures/{number:02d}.png" for number in range(4)] + ["pictures/gone.png"]
+    manifest.write_text("".join(json.dumps({"path": path}) + "\n" for path in [*paths, (source / "05.png").as_uri()]))
+    assert len(embedded(manifest, tmp_path / "out")) == 6
+    assert errors(read(tmp_path / "out")) == {"pictures/gone.png": "file_not_found"}
+    touch(source / "01.png")
+    (source / "02.png").unlink()
+    (source / "gone.png").write_bytes(files[0])
+    assert embedded(manifest, tmp_path / "out", changed=True) == ["pictures/01.png", "pictures/gone.png"]
+    assert errors(read(tmp_path / "out")) == {"pictures/02.png": "gone"}
+
+    tar = make_tar(tmp_path / "s.tar", {"a.png": files[0], "b.png": files[1]})
+    assert len(embedded(tar, tmp_path / "members")) == 2
+    assert embedded(tar, tmp_path / "members", changed=True) == []
+    make_tar(tar, {"b.png": files[1], "c.png": files[2]})
+    touch(tar)
+    assert embedded(tar, tmp_path / "members", changed=True) == ["s.tar/b.png", "s.tar/c.png"]
+    assert errors(read(tmp_path / "members")) == {"s.tar/a.png": "gone"}
+
+
+def test_killed_between_the_plan_and_the_work_nothing_is_lost(source: Path, tmp_path: Path) -> None:
+    """The old rows are out of DEST by then, so that an id can be there once at most; the next start does the files."""
+    dest = tmp_path / "out"
+    embedded(source, dest)
+    touch(source / "01.png")
+    with planned(source, dest, changed=True) as run:
+        assert run.work.pending == 1
+    assert "01.png" not in read(dest).column("id").to_pylist()
+    assert embedded(source, dest) == ["01.png"]
+    assert len(read(dest)) == 13
+
+
+def test_an_empty_source_marks_nothing(source: Path, tmp_path: Path) -> None:
+    """More likely a disk that is not mounted."""
+    embedded(source, tmp_path / "out")
+    shutil.move(source, tmp_path / "elsewhere")
+    source.mkdir()
+    with pytest.raises(SettingsError, match="holds no images"):
+        embedded(source, tmp_path / "out", changed=True)
+    assert errors(read(tmp_path / "out")).keys() == {"bad.png"}
