@@ -46,7 +46,6 @@ def run(options: EmbedOptions, *, progress: bool = True) -> Summary:
     Ctrl-C and SIGTERM stop it that way.
     """
     started = time.time()
-    source = _open_source(options)
     checkpoint = find_checkpoint(options.model)
     origin = Origin(
         fingerprint(checkpoint),
@@ -60,6 +59,7 @@ def run(options: EmbedOptions, *, progress: bool = True) -> Summary:
     stop = Stop()
     try:
         with stop.heard(), claim(options.dest) as claimed:
+            source = _open_source(options)
             work = _plan(options, source, checkpoint, origin, claimed)
             if work.pending:
                 with suppress(OSError):  # of a DEST that cannot be written, the encoders tell more

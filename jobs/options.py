@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
 from clipfleet.engines import choose_engine, settle_device
 from clipfleet.errors import SettingsError
 from jobs.parts import FORMATS, PARQUET
+from jobs.places import is_uri
 from jobs.qdrant import Collection
 from jobs.tolerance import Tolerance
 
@@ -83,9 +85,11 @@ class EmbedOptions:
     @property
     def points(self) -> Collection | None:
         """The Qdrant collection to fill, if there is one."""
-        return (
-            Collection(self.qdrant, self.collection, self.qdrant_api_key) if self.qdrant and self.collection else None
-        )
+        if not (self.qdrant and self.collection):
+            return None
+        # A folder by its whole path: encoders on a cluster have other working directories.
+        place = self.qdrant if is_uri(self.qdrant) else os.path.abspath(os.path.expanduser(self.qdrant))
+        return Collection(place, self.collection, self.qdrant_api_key)
 
     @property
     def encoders(self) -> int | None:

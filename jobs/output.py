@@ -71,13 +71,13 @@ def _check_origin(path: Path, file: pq.ParquetFile, origin: Origin, format: str)
 def change_rows(claim: Claim, name: str, state: Callable[[str], State], before: Callable[[list[str]], None]) -> int:
     """Take the rows to REDO out of a file and mark the LOST ones as gone, in one step. Returns how many are out.
 
-    `before` gets the ids of all of them first.
+    `before` gets the ids of the LOST ones first. Those to REDO are replaced, in a Qdrant collection too, when they are done.
     """
     with reading(claim.folder / name) as file:
         ids = file.read(["id"]).column("id").to_pylist()
     states = np.array([state(row) for row in ids])
     redo, lost = states == State.REDO, states == State.LOST
-    before([row for row, changed in zip(ids, redo | lost, strict=True) if changed])
+    before([row for row, is_lost in zip(ids, lost, strict=True) if is_lost])
     rewrite(claim, name, ~redo, lost)
     return int(redo.sum())
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ PARQUET, NPY = "parquet", "npy"
 FORMATS = (PARQUET, NPY)
 GONE = "gone"  # in the column `error`: the file was embedded once and is not there any more
 _NPY_KEY = f"{PREFIX}npy".encode()
+_OUR_NPY = re.compile(r"part-[0-9a-f]{24}-[0-9a-f]{16}\.npy")
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,10 @@ def rewrite(claim: Claim, name: str, keep: np.ndarray, gone: np.ndarray) -> None
     """Keep the rows `keep` (n,) of a file alone, and of these mark the rows `gone` (n,): one step for whoever reads it."""
     with reading(claim.folder / name) as file:
         table = file.read()
-    format, old_npy = format_of(table.schema), npy_of(table.schema)
+    format, old_npy, new_npy = format_of(table.schema), npy_of(table.schema), npy_of(table.schema)
     if not keep.any():
         claim.remove(name)
+        new_npy = None
     elif not keep.all() or gone.any():
         good = table.column("error").is_null().to_numpy() & ~gone
         table = _with(
@@ -118,11 +121,12 @@ def rewrite(claim: Claim, name: str, keep: np.ndarray, gone: np.ndarray) -> None
             _publish(claim, _with(table, "embedding", embedding).filter(pa.array(keep)), name)
         else:
             vectors = _kept_vectors(claim.folder, table, good & keep)
-            _publish_index(
+            new_npy = _publish_index(
                 claim, name.removesuffix(".parquet"), table.filter(pa.array(keep)), good[keep], vectors, table.schema
             )
-    if old_npy is not None:
-        remove_unnamed(claim, {name})
+
+    if old_npy not in (None, new_npy):
+        claim.remove(old_npy)
 
 
 def _with(table: pa.Table, name: str, column: pa.ChunkedArray) -> pa.Table:
@@ -141,8 +145,8 @@ def _kept_vectors(folder: Path, table: pa.Table, wanted: np.ndarray) -> np.ndarr
 
 def _publish_index(
     claim: Claim, stem: str, rows: pa.Table, good: np.ndarray, vectors: np.ndarray, target: pa.Schema
-) -> None:
-    """Publish the vectors (k, d) of the `good` (n,) of n rows, then the rows."""
+) -> str | None:
+    """Publish the vectors (k, d) of the `good` (n,) of n rows, then the rows. Returns the name of the .npy, if any."""
     npy = None
     if len(vectors):
         # By its content, so that it never changes below an index that names it.
@@ -161,6 +165,7 @@ def _publish_index(
         rows = rows.append_column(name, column)
     named = target.with_metadata({**(target.metadata or {}), _NPY_KEY: (npy or "").encode()})
     _publish(claim, _arranged(rows, named), f"{stem}.parquet")
+    return npy
 
 
 def _arranged(rows: pa.Table, target: pa.Schema) -> pa.Table:
@@ -216,19 +221,16 @@ def parts(folder: Path) -> list[Path]:
     return sorted(folder.glob("part-*.parquet"))
 
 
-def remove_unnamed(claim: Claim, only: set[str] | None = None) -> None:
-    """Remove each .npy that no Parquet file names, a killed job's leftovers; `only` those beside these files."""
-    stray = sorted(claim.folder.glob("part-*.npy"))
-    if only is not None:
-        stems = tuple(f"{name.removesuffix('.parquet')}-" for name in only)
-        stray = [path for path in stray if path.name.startswith(stems)]
+def remove_unnamed(claim: Claim) -> None:
+    """Remove each .npy of ours that no Parquet file names: leftovers of a killed job. DEST must be known to be ours."""
+    stray = [path for path in sorted(claim.folder.glob("part-*.npy")) if _OUR_NPY.fullmatch(path.name)]
     if not stray:
         return
     named: set[str | None] = set()
-    for path in parts(claim.folder) if only is None else [claim.folder / name for name in only]:
-        if path.exists():
-            with reading(path) as file:
-                named.add(npy_of(file.schema_arrow))
-    for path in stray:
-        if path.name not in named:
-            claim.remove(path.name)
+    for path in parts(claim.folder):
+        with reading(path) as file:
+            named.add(npy_of(file.schema_arrow))
+    with _writing(claim.folder):
+        for path in stray:
+            if path.name not in named:
+                claim.remove(path.name)

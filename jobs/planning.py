@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from clipfleet.checkpoint import PixelSpec
-from clipfleet.errors import SettingsError
+from clipfleet.errors import JobError, SettingsError
 from jobs import output, parts
 from jobs.destination import Claim
 from jobs.items import Item, Source
@@ -46,7 +46,7 @@ def plan(
 ) -> Work:
     """Write down what is to be done, take the rows that are done again out of DEST, and mark those whose files have gone.
 
-    `retire` gets the ids of both before. Raises SettingsError for a source without images, JobError where DEST is not
+    `retire` gets the ids of the latter before. Raises SettingsError for a source without images, JobError where DEST is not
     this job's or cannot be written.
     """
     height, width = pixels.size
@@ -54,16 +54,19 @@ def plan(
     rows_per_task = rows_per_file * (_FILES_PER_BYTES_TASK if source.manifest else 1)
     tasks = claimed.scratch / "tasks"
     try:
-        parts.remove_unnamed(claimed)
         with Ledger(claimed.scratch / "ids.sqlite") as ledger:
             files, before = _record_finished(ledger, options, source, claimed, origin)
+            parts.remove_unnamed(claimed)  # not earlier: only now is DEST known to be ours
             choice = _Choice(ledger, options)
             task_count, rows = write_tasks(choice.pending(source.items), tasks, rows_per_task)
             if rows + choice.skipped == 0:
                 raise SettingsError(f"{options.source!r} holds no images")
-            if options.changed:
+            if options.changed and not choice.unread:
                 ledger.mark_unnamed()
-            for number in ledger.parts_to_change():
+            changing = ledger.parts_to_change()
+            if changing:
+                (claimed.folder / output.SUMMARY).unlink(missing_ok=True)  # DEST is not finished from here on
+            for number in changing:
                 before -= output.change_rows(claimed, files[number], ledger.state, retire)
     except (OSError, sqlite3.Error) as error:
         raise parts.cannot_write(claimed.folder, error) from error
@@ -98,9 +101,16 @@ class _Choice:
     ledger: Ledger
     options: EmbedOptions
     skipped: int = 0
+    unread: bool = False  # a tar could not be read whole, so its members cannot be called gone
+    there: int = 0  # files, and how many of those that the source names are not
+    away: int = 0
 
     def pending(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The inputs to embed. With `changed`, raises JobError where none of the files is there."""
         for item, now in _looked_at(items) if self.options.changed else ((item, None) for item in items):
+            self.unread = self.unread or (item.error is not None and item.id.lower().endswith(TAR))
+            if self.options.changed and _has_file(item):
+                self.there, self.away = self.there + (now is not None), self.away + (now is None)
             known = self.ledger.claim(item.id)
             if self._is_wanted(known, item, now):
                 if known.state is not State.NEW:
@@ -110,6 +120,11 @@ class _Choice:
                 self.skipped += 1
                 if self._has_gone(known, item, now):
                     self.ledger.mark(item.id, State.LOST)
+        if self.away and not self.there:
+            raise JobError(
+                f"none of the {self.away} files of {self.options.source!r} is there; nothing was changed. Is what holds "
+                "them mounted?"
+            )
 
     def _is_wanted(self, known: Known, item: Item, now: FileState | None) -> bool:
         if known.state in (State.NEW, State.REDO) or (known.state is State.FAILED and self.options.retry_errors):

@@ -148,6 +148,8 @@ def _files(base: Base, patterns: list[str], list_folder: ListFolder) -> Iterator
         wanted = matches(name.split("/"), patterns) if patterns else name.lower().endswith((*SUFFIXES, TAR))
         if wanted:
             yield base.item(name, state)
+    if not is_uri(base.written) and not os.path.isdir(base.inside):  # its files are not gone one by one
+        raise JobError(f"the folder {printable(base.written)!r} has vanished while it was listed")
 
 
 def _walk(

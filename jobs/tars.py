@@ -17,7 +17,7 @@ from typing import NamedTuple
 from clipfleet.errors import ImageNotFound, ImageUnreadable
 from clipfleet.images import SUFFIXES
 from jobs.items import Item
-from jobs.places import FileState, is_uri, known_filesystem, look, printable, split_query
+from jobs.places import UNKNOWN, FileState, is_uri, known_filesystem, look, printable, split_query
 
 ReadAt = Callable[[int, int], bytes]  # (offset, bytes)
 
@@ -46,14 +46,15 @@ def shard_items(shard: Item) -> Iterator[Item]:
     """The images of a tar as inputs named SHARD/MEMBER; last, if it is damaged, an input for the tar itself."""
     assert isinstance(shard.place, bytes)
     path = os.fsdecode(shard.place)
-    state = look(path)
+    state = look(path) if shard.state == UNKNOWN else shard.state
     if state is None:
         yield shard._replace(error=ImageNotFound.code)
         return
     try:
         with _opened(path) as (read_at, size):
             for member in members(read_at, size):
-                yield from _item(shard, member, FileState(member.size, state.modified))
+                known = UNKNOWN if state == UNKNOWN else FileState(member.size, state.modified)
+                yield from _item(shard, member, known)
     except (Damaged, OSError):
         yield shard._replace(error=ImageUnreadable.code, state=state)
 
