@@ -79,7 +79,8 @@ def by_code(code: str) -> type[ClipfleetError] | None:
         for child in kind.__subclasses__():
             yield from below(child)
 
-    return {kind.code: kind for kind in below(ClipfleetError)}.get(code)
+    # Without the service's own ones, which a process may have imported: its codes are those of their parents.
+    return {kind.code: kind for kind in below(ClipfleetError) if kind.__module__ == __name__}.get(code)
 
 
 def _rebuild(kind: type[ClipfleetError], message: str, index: int | None, data: dict[str, Any]) -> ClipfleetError:

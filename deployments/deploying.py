@@ -9,13 +9,16 @@ import re
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
 from clipfleet.errors import SettingsError, SetupError
+from clipfleet.settings import APPLICATION
 from deployments.private_ray import LOOPBACK, is_lost
 
+NAMES = (APPLICATION, f"{APPLICATION}_next")  # those of a command: two take turns when one replaces the other
 UNPLACED_S = 60  # a replica that no node has room for is waited for this long
 PROXIES_S = 60  # for Serve's proxies to start
 DRAIN_S = 40  # at a stop, requests in flight have this long to finish: their deadline, and some
@@ -78,8 +81,8 @@ def deploy(client: Any, schema: Any) -> None:
 
 
 def _with_others(client: Any, schema: Any) -> Any:
-    """The configuration together with applications of a running Serve, which would remove those that it does not name."""
-    ours = {application.name for application in schema.applications}
+    """The configuration together with other people's applications of a running Serve, which removes what is not named."""
+    ours = {*NAMES, *(application.name for application in schema.applications)}
     others = [
         details["deployed_app_config"]
         for name, details in client.get_serve_details().get("applications", {}).items()
@@ -160,6 +163,15 @@ def _calls() -> asyncio.AbstractEventLoop:
     return loop
 
 
+def _end_calls() -> None:
+    """End the loop before Ray goes: whatever in it asked Ray for something afterwards would start another Ray."""
+    if _calls.cache_info().currsize:
+        _calls().call_soon_threadsafe(_calls().stop)
+        while _calls().is_running():
+            time.sleep(0.01)
+        _calls.cache_clear()
+
+
 def finish_requests(name: str) -> None:
     """Wait until every ingress replica has answered what it holds; newcomers get 503.
 
@@ -168,26 +180,22 @@ def finish_requests(name: str) -> None:
     ask_ingresses(name, "drain", DRAIN_S)
 
 
-def take_off(name: str) -> None:
-    """Remove an application from a Serve that goes on, when its requests are finished."""
-    from ray import serve
-
-    with suppress(Exception):
-        finish_requests(name)
-    serve.delete(name, _blocking=False)
-
-
-def stop(name: str, *, stays: bool = False) -> None:
-    """Finish the requests of application `name`, if any, and let go of Ray, which may be one that stays."""
+def stop(names: Sequence[str], *, stays: bool = False) -> None:
+    """Finish the requests of the applications, and let go of Ray, which may be one that stays: then they are taken off it."""
     if "ray" not in sys.modules or is_lost():
         return
     import ray
 
     with suppress(Exception, KeyboardInterrupt):  # a second Ctrl-C ends the patience, not the cleaning up
-        if name and ray.is_initialized():
-            if stays:
-                take_off(name)
-            else:
+        for name in names if ray.is_initialized() else ():
+            with suppress(Exception):
                 finish_requests(name)
+    with suppress(Exception, KeyboardInterrupt):
+        from ray import serve
+
+        for name in names if stays else ():
+            serve.delete(name, _blocking=False)
+    with suppress(Exception, KeyboardInterrupt):
+        _end_calls()
     with suppress(Exception, KeyboardInterrupt):
         ray.shutdown()

@@ -32,6 +32,8 @@ def install() -> None:
         async with self._revival_lock:
             if self._is_running():
                 await reload(self)
+                self._revival.cancel()  # it waits for the old one, which may have connections for minutes
+                self._revival = asyncio.create_task(_revive(self))
             else:  # there is nothing to take over from
                 self._proc = await self._start_and_wait_for_haproxy()
 

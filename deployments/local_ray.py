@@ -174,7 +174,7 @@ def local_service(
             wait_for_proxies(client, proxies)
             yield Service(host, port, metrics_port, deployed, bool(certificate))
         finally:
-            stop(deployed.name if deployed else "", stays=bool(address))
+            stop(deployed.names if deployed else (), stays=bool(address))
 
 
 @contextmanager
@@ -208,7 +208,7 @@ def _own_ray(config: dict[str, Any], host: str, port: int, metrics_port: int, ce
         yield
     finally:
         lost = is_lost()
-        stop("")
+        stop(())
         with suppress(KeyboardInterrupt):
             guardian.communicate(timeout=30)
         for socket_ in (*claims, claim):

@@ -6,9 +6,13 @@ answer 404 to what does not begin with theirs. HAProxy alone decides who gets a 
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from starlette.types import Receive, Scope, Send
+
+# Where one of our routes begins, behind whatever prefix the other application had.
+_ROUTE = re.compile(r"/(?:v1/|(?:healthz|readyz|docs|openapi\.json)$)")
 
 
 def accept_any() -> None:
@@ -23,8 +27,9 @@ def accept_any() -> None:
     async def accepting(self: Any, scope: Scope, receive: Receive, send: Send) -> None:
         prefix = (self._route_prefix or "").rstrip("/")
         path = scope.get("path", "")
-        if prefix and not (path == prefix or path.startswith(f"{prefix}/")) and not path.startswith("/-/"):
-            scope["path"] = prefix + path
+        if not (path == prefix or path.startswith(f"{prefix}/")) and not path.startswith("/-/"):
+            known = _ROUTE.search(path)
+            scope["path"] = prefix + (path[known.start() :] if known else path)
         await original(self, scope, receive, send)
 
     accepting.accepts_any = True  # type: ignore[attr-defined]

@@ -115,7 +115,8 @@ def _same_checkpoint(service: Service, config: dict[str, Any]) -> bool:
 
 def _ready(service: Service, config: dict[str, Any]) -> str:
     arguments = _arguments(config)
-    model = arguments.get("served_model_name") or arguments["model"]
+    settings = service_settings(arguments)
+    model = settings.served_model_name or settings.model
     return f"clipfleet ready: {_url(service)}{_prefix(config)} model={model}"
 
 

@@ -7,20 +7,22 @@ prefixes, and the old one goes when it has nothing left to answer.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from clipfleet.errors import SetupError
 from clipfleet.settings import APPLICATION
-from deployments.deploying import ask_ingresses, deploy, schema_of, take_off, wait_until_running
+from deployments.deploying import NAMES, ask_ingresses, deploy, finish_requests, schema_of, wait_until_running
 
-NAMES = (APPLICATION, f"{APPLICATION}_next")  # they take turns
 NEXT, PREVIOUS = "/-clipfleet-next", "/-clipfleet-previous"  # prefixes of the one that waits, and of the one that goes
+READY_S = 60.0  # from running replicas to a first success of each
 QUIET_S = 3.0  # without a request the old application has none to come: HAProxy follows a change in under 1 s
-PATIENCE_S = 60.0  # for the old application's last requests
+PATIENCE_S = 90.0  # for the old application's last requests, uploads of a minute among them
 
 # What Serve changes in running replicas. All else replaces them, deployment by deployment.
 _LIGHT = ("num_replicas", "autoscaling_config", "user_config", "max_ongoing_requests")
@@ -33,6 +35,12 @@ class Deployed:
     client: Any
     config: dict[str, Any]
     name: str = APPLICATION
+    retiring: str | None = None  # the one before, while it has requests to answer
+
+    @property
+    def names(self) -> list[str]:
+        """The applications that may have requests."""
+        return [name for name in (self.name, self.retiring) if name]
 
     def upgrade(self, config: dict[str, Any], is_ready: Callable[[str], bool], *, same: bool) -> None:
         """Put `config` in place of what runs; `same` says that the checkpoint's files are. `is_ready` asks the application
@@ -41,36 +49,48 @@ class Deployed:
             config = {**config, "logging_config": self.config["logging_config"]}
         schema = schema_of(_with_application(config, name=self.name))
         if same and _heavy(config) == _heavy(self.config):
-            deploy(self.client, schema)
-            wait_until_running(self.client, self.name)
+            try:
+                deploy(self.client, schema)
+                wait_until_running(self.client, self.name)
+            except SetupError:
+                self._deploy_alone()  # Serve would keep trying
+                raise
+            self.config = config
         else:
             self._replace(config, is_ready)
-        self.config = config
 
     def _replace(self, config: dict[str, Any], is_ready: Callable[[str], bool]) -> None:
         old, new = self.name, NAMES[1 - NAMES.index(self.name)]
         try:
-            deploy(self.client, schema_of(_with_application(config, name=new, route_prefix=NEXT)))
+            deploy(self.client, self._beside(_with_application(config, name=new, route_prefix=NEXT), None))
             wait_until_running(self.client, new)
-            _wait(lambda: is_ready(NEXT), f"{new} did not become ready")
+            _wait(lambda: is_ready(NEXT), READY_S, f"{new} did not become ready")
         except BaseException:
-            self._take_off(new)
+            self._deploy_alone()
             raise
-        both = _with_application(config, name=new)
-        both["applications"] = [
-            _application(_with_application(self.config, name=old, route_prefix=PREVIOUS)), *both["applications"]
-        ]  # fmt: skip
-        deploy(self.client, schema_of(both))
-        self.name = new
-        wait_until_running(self.client, new)
+        both = self._beside(_with_application(config, name=new), PREVIOUS)
+        self.name, self.retiring, self.config = new, old, config
+        deploy(self.client, both)
         with suppress(SetupError):  # it may have clients that never pause
-            _wait(lambda: _quiet_seconds(old) > QUIET_S, "")
-        self._take_off(old)
+            _wait(lambda: _quiet_seconds(old) > QUIET_S and not _old_haproxies(), PATIENCE_S, "")
+        with suppress(Exception):
+            finish_requests(old)
+        self._deploy_alone()
+        self.retiring = None
 
-    def _take_off(self, name: str) -> None:
-        take_off(name)
+    def _beside(self, config: dict[str, Any], prefix: str | None) -> Any:
+        """The schema of `config` together with the application that runs, under another route prefix."""
+        running = _application(_with_application(self.config, name=self.name))
+        if prefix:
+            running["route_prefix"] = prefix
+        return schema_of({**config, "applications": [running, *config["applications"]]})
+
+    def _deploy_alone(self) -> None:
+        """Have Serve keep the present application and remove the other. Its controller remembers this, and not serve.delete."""
+        deploy(self.client, schema_of(_with_application(self.config, name=self.name)))
+        gone = NAMES[1 - NAMES.index(self.name)]
         with suppress(SetupError):  # an application that hangs on is no reason to stop the other
-            _wait(lambda: name not in [status.name for status in self.client.list_serve_statuses()], "")
+            _wait(lambda: gone not in [status.name for status in self.client.list_serve_statuses()], READY_S, "")
 
 
 def _quiet_seconds(name: str) -> float:
@@ -81,11 +101,25 @@ def _quiet_seconds(name: str) -> float:
         return 0.0
 
 
-def _wait(condition: Callable[[], bool], otherwise: str) -> None:
-    end = time.monotonic() + PATIENCE_S
+def _old_haproxies() -> bool:
+    """Whether an HAProxy from before the last change still has connections, whose requests go by its old configuration."""
+    file = os.environ.get("RAY_SERVE_HAPROXY_CONFIG_FILE_LOC")
+    if not file or not os.path.isdir("/proc"):
+        return False
+    folder = f"{os.path.dirname(file)}/".encode()
+    count = 0
+    for entry in os.listdir("/proc"):
+        with suppress(OSError):
+            words = Path("/proc", entry, "cmdline").read_bytes().split(b"\0") if entry.isdigit() else []
+            count += b"-db" in words and any(word.startswith(folder) for word in words)
+    return count > 1
+
+
+def _wait(condition: Callable[[], bool], seconds: float, otherwise: str) -> None:
+    end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
-            raise SetupError(f"{otherwise} in {PATIENCE_S:.0f} s")
+            raise SetupError(f"{otherwise} in {seconds:.0f} s")
         time.sleep(0.5)
 
 

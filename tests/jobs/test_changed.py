@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from clipfleet.errors import SettingsError
+from clipfleet.errors import JobError, SettingsError
 from tests.jobs.job import errors, read, vectors
 from tests.jobs.planned import embedded, planned
 from tests.jobs.test_tars import make_tar
@@ -50,7 +50,7 @@ def test_changed_new_and_gone(source: Path, tmp_path: Path, files: list[bytes], 
     (source / "new.png").write_bytes(files[6])
     assert embedded(source, dest, **options) == ["new.png"], "not asked for, nothing else is looked at"
     with planned(source, dest, changed=True, **options) as run:
-        assert sorted(run.retired) == ["00.png", "01.png", "02.png", "bad.png"]
+        assert run.retired == ["02.png"]
         assert run.work.before == 14 - 3
         assert run.done() == ["00.png", "01.png", "bad.png"]
     table = read(dest)
@@ -139,3 +139,35 @@ def test_an_empty_source_marks_nothing(source: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="holds no images"):
         embedded(source, tmp_path / "out", changed=True)
     assert errors(read(tmp_path / "out")).keys() == {"bad.png"}
+
+
+def test_npy_files_of_others_stay(source: Path, tmp_path: Path) -> None:
+    theirs = tmp_path / "out" / "part-0001.npy"
+    theirs.parent.mkdir()
+    theirs.write_bytes(b"somebody else's")
+    embedded(source, tmp_path / "out", format="npy")
+    assert theirs.read_bytes() == b"somebody else's"
+
+
+def test_a_tar_that_cannot_be_read_loses_no_member(tmp_path: Path, files: list[bytes]) -> None:
+    content = {f"{number}.png": data for number, data in enumerate(files[:3])}
+    tars = [make_tar(tmp_path / "tars" / f"{name}.tar", content) for name in "ab"]
+    dest = tmp_path / "out"
+    assert len(embedded(tmp_path / "tars", dest)) == 6
+    whole = tars[0].read_bytes()
+    tars[0].write_bytes(whole[:700])
+    embedded(tmp_path / "tars", dest, changed=True)
+    assert "gone" not in errors(read(dest)).values()
+    tars[0].write_bytes(whole)
+    embedded(tmp_path / "tars", dest, changed=True)
+    assert errors(read(dest)) == {} and len(read(dest)) == 6
+
+
+def test_a_manifest_none_of_whose_files_is_there_changes_nothing(source: Path, tmp_path: Path) -> None:
+    manifest, dest = tmp_path / "list.csv", tmp_path / "out"
+    manifest.write_text("path\n" + "".join(f"{file}\n" for file in sorted(source.glob("0*.png"))))
+    count = len(embedded(manifest, dest))
+    source.rename(tmp_path / "elsewhere")
+    with pytest.raises(JobError, match=f"none of the {count} files .* mounted"):
+        embedded(manifest, dest, changed=True)
+    assert errors(read(dest)) == {}
