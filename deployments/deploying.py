@@ -60,7 +60,9 @@ def start_serve(options: dict[str, Any], host: str, port: int, logging_config: A
     from ray.serve._private.client import ServeControllerClient
     from ray.serve.exceptions import RayServeException
 
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    log = logging.getLogger("ray.serve")
+    log.setLevel(logging.WARNING)
+    log.addFilter(lambda record: "queue length" not in record.getMessage())  # of a busy replica: no news at a stop
     behind_haproxy = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
     options = {**options, "host": LOOPBACK if behind_haproxy else host, "port": port}
     with suppress(RayServeException):
@@ -166,6 +168,7 @@ def _calls() -> asyncio.AbstractEventLoop:
 def _end_calls() -> None:
     """End the loop before Ray goes: whatever in it asked Ray for something afterwards would start another Ray."""
     if _calls.cache_info().currsize:
+        logging.getLogger("ray.serve").setLevel(logging.CRITICAL)  # its clients say that the loop has gone
         _calls().call_soon_threadsafe(_calls().stop)
         while _calls().is_running():
             time.sleep(0.01)
