@@ -1,6 +1,6 @@
 """HAProxy started anew at once when it dies, in the process of Serve's HAProxyManager.
 
-Serve looks for it every 10 s and replaces the whole manager after three failures: connections were refused for 35 s.
+Serve looks for it every 10 s and replaces the whole manager after three failures; until then connections are refused.
 """
 
 from __future__ import annotations
