@@ -35,12 +35,12 @@ class Deployed:
     client: Any
     config: dict[str, Any]
     name: str = APPLICATION
-    retiring: str | None = None  # the one before, while it has requests to answer
+    other: str | None = None  # the one that comes or goes, during a change
 
     @property
     def names(self) -> list[str]:
         """The applications that may have requests."""
-        return [name for name in (self.name, self.retiring) if name]
+        return [name for name in (self.name, self.other) if name]
 
     def upgrade(self, config: dict[str, Any], is_ready: Callable[[str], bool], *, same: bool) -> None:
         """Put `config` in place of what runs; `same` says that the checkpoint's files are. `is_ready` asks the application
@@ -61,22 +61,23 @@ class Deployed:
 
     def _replace(self, config: dict[str, Any], is_ready: Callable[[str], bool]) -> None:
         old, new = self.name, NAMES[1 - NAMES.index(self.name)]
+        self.other = new
         try:
             deploy(self.client, self._beside(_with_application(config, name=new, route_prefix=NEXT), None))
             wait_until_running(self.client, new)
             _wait(lambda: is_ready(NEXT), READY_S, f"{new} did not become ready")
-        except BaseException:
+            deploy(self.client, self._beside(_with_application(config, name=new), PREVIOUS))
+        except Exception:  # not for KeyboardInterrupt: a stop takes both off
             self._deploy_alone()
+            self.other = None
             raise
-        both = self._beside(_with_application(config, name=new), PREVIOUS)
-        self.name, self.retiring, self.config = new, old, config
-        deploy(self.client, both)
+        self.name, self.other, self.config = new, old, config
         with suppress(SetupError):  # it may have clients that never pause
             _wait(lambda: _quiet_seconds(old) > QUIET_S and not _old_haproxies(), PATIENCE_S, "")
         with suppress(Exception):
             finish_requests(old)
         self._deploy_alone()
-        self.retiring = None
+        self.other = None
 
     def _beside(self, config: dict[str, Any], prefix: str | None) -> Any:
         """The schema of `config` together with the application that runs, under another route prefix."""

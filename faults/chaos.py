@@ -55,7 +55,7 @@ def pictures(*models: str | Path, count: int = 96) -> list[Picture]:
 def _vectors(model: str | Path, files: Sequence[Path]) -> np.ndarray:
     with CLIPEmbedder(str(model), "cpu") as embedder:
         found = asyncio.run(embedder.generate_embeddings_batch([str(file) for file in files], show_progress=False))
-    return np.stack(found)
+    return np.stack([vector for vector in found if vector is not None])
 
 
 def kill_replicas(served: Served, deployments: Sequence[str], every_s: float, seconds: float, least: int = 1) -> int:

@@ -65,7 +65,7 @@ def seeds() -> list[bytes]:
 
 
 def _flip(rng: random.Random, data: bytearray, _: list[bytes]) -> None:
-    for _ in range(rng.choice((1, 2, 8, 64))):
+    for _bit in range(rng.choice((1, 2, 8, 64))):
         data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
 
 

@@ -41,9 +41,8 @@ def second_node(served: Served) -> Iterator[int]:
     address = re.search(r"--gcs-address=(\S+)", title)
     assert address, title
     # What the service's own Ray runs under: its folder, its token, and how Serve is set.
-    variables = dict(
-        entry.partition("=")[::2] for entry in Path("/proc", str(raylet), "environ").read_text().split("\0") if entry
-    )
+    entries = Path("/proc", str(raylet), "environ").read_text().split("\0")
+    variables = {name: value for name, _, value in (entry.partition("=") for entry in entries) if name}
     command = [sys.executable, "-c", _NODE, address[1], str(NODE_CPUS)]  # `ray start` joins no Ray on loopback
     node = subprocess.Popen(command, env=variables, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:

@@ -8,8 +8,8 @@ import itertools
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -81,46 +81,43 @@ def post(
             own.close()
 
 
+Ask = Callable[[int], "Said"]  # sends a client's request number N
+
+
+class Said(NamedTuple):
+    """What one request came to: why it failed, or whether its vectors were right, and by which fingerprint."""
+
+    problem: str | None = None
+    right: bool = True
+    fingerprint: str | None = None
+
+
 @contextmanager
-def traffic(port: int, pictures: Sequence[Picture], clients: int = 16) -> Iterator[Seen]:
-    """`clients` threads send the pictures round and round, each on a kept connection, until the block ends."""
+def asking(clients: int, client: Callable[[int], AbstractContextManager[Ask]]) -> Iterator[Seen]:
+    """`clients` threads, each with its own of client(N), ask without a pause until the block ends."""
     seen, lock, stop = Seen(), threading.Lock(), threading.Event()
     last = time.monotonic()
 
-    def client(first: int) -> None:
+    def run(number: int) -> None:
         nonlocal last
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
-        for number in itertools.count(first, clients):
-            if stop.is_set():
-                break
-            picture = pictures[number % len(pictures)]
-            began = time.monotonic()
-            problem, right, fingerprint = None, True, None
-            try:
-                answer = post(port, picture.body, picture.content_type, connection)
-                if answer.status == 200:
-                    right = picture.is_answer(answer.body, answer.fingerprint)
-                    fingerprint = answer.fingerprint
-                else:
-                    problem = f"status {answer.status}"
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                problem = type(error).__name__
-                connection.close()
-                time.sleep(PAUSE_S)
-            now = time.monotonic()
-            with lock:
-                if problem:
-                    seen.failures[problem] += 1
-                    continue
-                seen.answered += 1
-                seen.wrong += not right
-                seen.fingerprints[fingerprint or "none"] += 1
-                seen.seconds.append(now - began)
-                seen.gap_s = max(seen.gap_s, now - last)
-                last = now
-        connection.close()
+        with client(number) as ask:
+            for count in itertools.count():
+                if stop.is_set():
+                    break
+                began = time.monotonic()
+                said = ask(count)
+                now = time.monotonic()
+                with lock:
+                    if said.problem:
+                        seen.failures[said.problem] += 1
+                        continue
+                    seen.answered += 1
+                    seen.wrong += not said.right
+                    seen.fingerprints[said.fingerprint or "none"] += 1
+                    seen.seconds.append(now - began)
+                    seen.gap_s, last = max(seen.gap_s, now - last), now
 
-    threads = [threading.Thread(target=client, args=(number,), daemon=True) for number in range(clients)]
+    threads = [threading.Thread(target=run, args=(number,), daemon=True) for number in range(clients)]
     for thread in threads:
         thread.start()
     try:
@@ -130,3 +127,28 @@ def traffic(port: int, pictures: Sequence[Picture], clients: int = 16) -> Iterat
         for thread in threads:
             thread.join()
         seen.gap_s = max(seen.gap_s, time.monotonic() - last)
+
+
+def traffic(port: int, pictures: Sequence[Picture], clients: int = 16) -> AbstractContextManager[Seen]:
+    """Clients that send the pictures round and round, each on a kept connection."""
+
+    @contextmanager
+    def client(first: int) -> Iterator[Ask]:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
+
+        def ask(count: int) -> Said:
+            picture = pictures[(first + count * clients) % len(pictures)]
+            try:
+                answer = post(port, picture.body, picture.content_type, connection)
+                if answer.status != 200:
+                    return Said(f"status {answer.status}")
+                return Said(None, picture.is_answer(answer.body, answer.fingerprint), answer.fingerprint)
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                connection.close()
+                time.sleep(PAUSE_S)
+                return Said(type(error).__name__)
+
+        yield ask
+        connection.close()
+
+    return asking(clients, client)

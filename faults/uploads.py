@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import io
 import logging
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 from PIL import Image
@@ -18,7 +17,7 @@ from clipfleet.images import decode
 from faults.chaos import kill_replicas
 from faults.report import Row
 from faults.served import config, serve
-from faults.traffic import TOLERANCE, Picture, Seen
+from faults.traffic import TOLERANCE, Ask, Said, Seen, asking
 
 CLIENTS = 4
 SIDE = 1672  # pixels: 8 MiB of an uncompressed picture
@@ -26,52 +25,35 @@ EVERY_S = 10.0
 PORT = 8480
 
 
-def pictures() -> list[Picture]:
+def pictures() -> list[tuple[bytes, np.ndarray]]:
     """One for each client, with its vector by the library."""
     encoder, rng, found = Encoder("tiny", "cpu"), np.random.default_rng(8), []
     for _ in range(CLIENTS):
         file = io.BytesIO()
         Image.fromarray(rng.integers(0, 256, (SIDE, SIDE, 3), np.uint8)).save(file, "BMP")
         pixels = decode(file.getvalue(), encoder.checkpoint.pixels).pixels
-        found.append(Picture(file.getvalue(), encoder.encode_pixels(pixels[None])[0]))
+        found.append((file.getvalue(), encoder.encode_pixels(pixels[None])[0]))
     return found
 
 
-@contextmanager
-def uploads(port: int, shown: list[Picture]) -> Iterator[Seen]:
-    """A client for each picture sends it again and again until the block ends."""
-    seen, lock, stop = Seen(), threading.Lock(), threading.Event()
-    last = time.monotonic()
+def uploads(port: int, shown: list[tuple[bytes, np.ndarray]]) -> AbstractContextManager[Seen]:
+    """A client for each picture sends it again and again."""
 
-    def upload(picture: Picture) -> None:
-        nonlocal last
+    @contextmanager
+    def uploader(number: int) -> Iterator[Ask]:
+        body, expected = shown[number]
         with Client(f"http://127.0.0.1:{port}") as client:
-            while not stop.is_set():
-                began, problem, right = time.monotonic(), None, True
-                try:
-                    (vector,) = client.embed_images([picture.body])
-                    right = bool(np.abs(vector - picture.vector).max() <= TOLERANCE)
-                except ClipfleetError as error:
-                    problem = error.code
-                with lock:
-                    if problem:
-                        seen.failures[problem] += 1
-                        continue
-                    now = time.monotonic()
-                    seen.answered += 1
-                    seen.wrong += not right
-                    seen.seconds.append(now - began)
-                    seen.gap_s, last = max(seen.gap_s, now - last), now
 
-    threads = [threading.Thread(target=upload, args=(picture,), daemon=True) for picture in shown]
-    for thread in threads:
-        thread.start()
-    try:
-        yield seen
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
+            def ask(_: int) -> Said:
+                try:
+                    (vector,) = client.embed_images([body])
+                except ClipfleetError as error:
+                    return Said(error.code)
+                return Said(None, bool(np.abs(vector - expected).max() <= TOLERANCE))
+
+            yield ask
+
+    return asking(len(shown), uploader)
 
 
 class _Repeated(logging.Handler):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import socket
 import socketserver
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
+
+from tests.deployments.listener import in_thread
 
 CUT = b""  # hangs up in the middle of the request
 
@@ -65,13 +66,5 @@ def _copy(source: socket.socket, target: socket.socket) -> None:
         target.shutdown(socket.SHUT_WR)
 
 
-@contextmanager
-def front(port: int, *faults: bytes) -> Iterator[Front]:
-    with Front(port, list(faults)) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
+def front(port: int, *faults: bytes) -> AbstractContextManager[Front]:
+    return in_thread(Front(port, list(faults)))

@@ -7,8 +7,10 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import BaseServer
+from typing import TypeVar
 from urllib.parse import unquote
 
 IMAGE = b"\x89PNG\r\n\x1a\n" + bytes(1000)
@@ -93,9 +95,13 @@ class Answer(BaseHTTPRequestHandler):
         self.close_connection = True
 
 
+Server = TypeVar("Server", bound=BaseServer)
+
+
 @contextmanager
-def listening(address: str = "127.0.0.1", port: int = 0) -> Iterator[Listener]:
-    with Listener(address, port) as server:
+def in_thread(server: Server) -> Iterator[Server]:
+    """Serve from a thread of its own until the block ends."""
+    with server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
         try:
@@ -103,3 +109,7 @@ def listening(address: str = "127.0.0.1", port: int = 0) -> Iterator[Listener]:
         finally:
             server.shutdown()
             thread.join()
+
+
+def listening(address: str = "127.0.0.1", port: int = 0) -> AbstractContextManager[Listener]:
+    return in_thread(Listener(address, port))
