@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import random
+import re
+import ssl
 import time
 from typing import Any
 
@@ -28,13 +30,17 @@ logger = logging.getLogger(__name__)
 
 
 def connect(url: str, api_key: str | None = None) -> httpx.Client:
-    """Connections to the service at `url`. Raises SettingsError if that is no http(s) address."""
+    """Connections to the service at `url`. Raises SettingsError if that is no http(s) address, or the key none for HTTP."""
     try:
         address = httpx.URL(url)
     except httpx.InvalidURL:
         address = httpx.URL()
     if address.scheme not in ("http", "https") or not address.host:
         raise SettingsError(f"{url!r} is no address of a service; give one such as http://127.0.0.1:8000")
+    if api_key is not None and not re.fullmatch(r"[\x21-\x7e]+", api_key):  # it stays out of the message
+        raise SettingsError(
+            "the API key is empty, or has a space, a line's end or another character that no HTTP header holds"
+        )
     return httpx.Client(
         base_url=address,
         headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
@@ -72,8 +78,10 @@ class Connection:
                 if answer.status_code not in _AGAIN:
                     raise problem
                 advised = _advised(answer)
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:
                 problem = self._unanswered(error)
+                if not _may_heal(error):
+                    raise problem from error
             wait = advised + random.uniform(0, pause)  # those who failed together do not come back together
             if time.monotonic() + wait >= end:
                 raise problem
@@ -87,10 +95,20 @@ class Connection:
         timeout = httpx.Timeout(left, connect=min(left, _CONNECT_S))
         return self._http.post(path, headers=asked, timeout=timeout, **body)
 
-    def _unanswered(self, error: httpx.TransportError) -> ClipfleetError:
+    def _unanswered(self, error: httpx.RequestError) -> ClipfleetError:
         if isinstance(error, (httpx.ReadTimeout, httpx.WriteTimeout)):
             return DeadlineExceeded(f"{self.url} gave no answer within {self._deadline_s:g} s")
         return Unavailable(f"{self.url} cannot be reached: {type(error).__name__} {error}".rstrip())
+
+
+def _may_heal(error: httpx.RequestError) -> bool:
+    """Whether another try may succeed: not with a certificate that is not trusted, or an answer in no known encoding."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return False
+        cause = cause.__cause__ or cause.__context__
+    return isinstance(error, httpx.TransportError) and not isinstance(error, httpx.LocalProtocolError)
 
 
 def error_of(answer: httpx.Response) -> ClipfleetError:

@@ -43,6 +43,7 @@ class Load:
     p90: float
     p99: float
     failures: dict[str, int]  # by status or kind of error
+    first_failure: str = ""  # what the service said
 
     @property
     def rate(self) -> float:
@@ -52,7 +53,10 @@ class Load:
     def __str__(self) -> str:
         times = ", ".join(f"{name} {getattr(self, name) * 1000:.0f} ms" for name in ("p50", "p90", "p99"))
         failed = "".join(f", {count} answered {what}" for what, count in sorted(self.failures.items()))
-        return f"{self.rate:.1f} items/s over {self.seconds:.1f} s ({self.requests} requests): {times}{failed}"
+        told = f"\nThe first failure: {self.first_failure}" if self.first_failure else ""
+        if not self.items:
+            return f"none of {self.requests} requests had its vectors in {self.seconds:.1f} s{failed}{told}"
+        return f"{self.rate:.1f} items/s over {self.seconds:.1f} s ({self.requests} requests): {times}{failed}{told}"
 
 
 def image_request(images: Sequence[bytes]) -> Request:
@@ -93,6 +97,7 @@ def run_load(
     pending, lock = iter(requests), threading.Lock()
     seconds: list[float] = []
     failures: Counter[str] = Counter()
+    told: list[str] = []
     counts = {"sent": 0, "items": 0}
 
     def client() -> None:
@@ -106,10 +111,10 @@ def run_load(
             try:
                 connection.request("POST", prefix + request.path, request.body, {**request.headers, **more})
                 answer = connection.getresponse()
-                answer.read()
+                said = answer.read()
                 failure = None if answer.status == 200 else str(answer.status)
             except (OSError, http.client.HTTPException) as error:
-                failure = type(error).__name__
+                failure, said = type(error).__name__, str(error).encode()
                 connection.close()
             with lock:
                 counts["sent"] += 1
@@ -118,6 +123,8 @@ def run_load(
                     seconds.append(time.perf_counter() - started)
                 else:
                     failures[failure] += 1
+                    if not told:
+                        told.append(_message(said))
                 if advance is not None:
                     advance(1)
         connection.close()
@@ -131,7 +138,14 @@ def run_load(
         thread.join()
     elapsed = time.perf_counter() - began
     p50, p90, p99 = np.percentile(seconds, [50, 90, 99]).tolist() if seconds else (float("nan"),) * 3
-    return Load(counts["sent"], counts["items"], elapsed, p50, p90, p99, dict(failures))
+    return Load(counts["sent"], counts["items"], elapsed, p50, p90, p99, dict(failures), told[0] if told else "")
+
+
+def _message(answer: bytes) -> str:
+    """What an answer that is no success says: the message of an error in OpenAI's shape, or the beginning of its text."""
+    with suppress(ValueError, KeyError, TypeError):
+        return str(json.loads(answer)["error"]["message"])
+    return answer[:200].decode(errors="replace").strip()
 
 
 def _parse(url: str) -> tuple[str, str, int, str]:

@@ -268,7 +268,8 @@ def config_path(source: str) -> Path:
             for candidate in (folder / "configs" / f"{bare}.yaml", folder / f"{bare}.yaml"):
                 if candidate.is_file():
                     return candidate
-    names = sorted({file.stem for folder in _packaged_folders() for file in folder.glob("configs/*.yaml")})
+    kinds = ("configs/*.yaml", "serve_config.yaml")
+    names = sorted({file.stem for folder in _packaged_folders() for kind in kinds for file in folder.glob(kind)})
     raise SettingsError(f"there is no config file {source!r}; packaged ones are {', '.join(names)}")
 
 

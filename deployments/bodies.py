@@ -16,6 +16,7 @@ from clipfleet.errors import BodyTooLarge, InvalidRequest, TooManyItems
 from clipfleet.settings import LimitSettings
 from deployments.admission import Admission
 from deployments.multipart import read_files
+from deployments.schemas import ITEM_TYPES
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -78,6 +79,8 @@ class Body:
 _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[,\[{]', re.DOTALL)
 _STRUCTURE = (b",", b"[", b"{")
 
+_NAME = re.compile(r"[A-Za-z_][\w-]{0,39}", re.ASCII)  # of a field, as it may stand in a message
+
 
 def check_structure(data: bytes, most: int) -> None:
     """Refuse JSON of more than `most` values before it is parsed: 64 MiB of `"a",` would become gigabytes of objects.
@@ -119,5 +122,19 @@ def invalid(problems: Sequence[Any]) -> InvalidRequest:
     same = [problem for problem in problems if problem["loc"][:1] == place[:1]]
     index = next((part for problem in same for part in problem["loc"] if isinstance(part, int)), None)
     param = f"{place[0]}" if index is None else f"{place[0]}[{index}]"
-    reason = "has none of the accepted types (see /docs)" if len(same) > 1 else first["msg"]
+    reason = _misnamed(same) or ("has none of the accepted types (see /docs)" if len(same) > 1 else first["msg"])
     return InvalidRequest(f"{param}: {reason}", param=param)
+
+
+def _misnamed(problems: Sequence[Any]) -> str | None:
+    """What is wrong with the fields of an item that is an object; None where something else is wrong."""
+    unknown: dict[str, set[str]] = {}  # by the type that does not have them
+    for problem in problems:
+        if problem["type"] == "extra_forbidden":
+            unknown.setdefault(str(problem["loc"][-2]), set()).add(str(problem["loc"][-1]))
+    if not unknown:
+        return None
+    nowhere = set.intersection(*unknown.values()) if len(unknown) == len(ITEM_TYPES) else set()
+    shown = next((name for name in sorted(nowhere) if _NAME.fullmatch(name)), None)
+    named = f"has the unknown field {shown!r}; " if shown else "has an unknown field; " if nowhere else ""
+    return f'{named}an item is a string, {{"text": "..."}} or {{"image": "..."}}, with no other field'

@@ -142,8 +142,9 @@ def _no_room(deployment: str, message: str) -> str:
     import ray
 
     asked = re.search(r"Resources required for each replica: (\{.*?\})", message)
-    free = {name: n for name, n in ray.available_resources().items() if name in ("CPU", "GPU", "memory")}
-    return f"no room for a replica of {deployment} in {UNPLACED_S} s: it asks for {asked[1] if asked else '?'}, free are {free}"
+    total, free = ray.cluster_resources(), ray.available_resources()  # what is used up is not in the latter
+    left = ", ".join(f"{name} {free.get(name, 0):g} of {total[name]:g}" for name in ("CPU", "GPU") if name in total)
+    return f"no room for a replica of {deployment} in {UNPLACED_S} s: it asks for {asked[1] if asked else '?'}, free are {left}"
 
 
 def ask_ingresses(name: str, method: str, timeout_s: float) -> list[Any]:

@@ -56,6 +56,9 @@ LONGEST_URL = 60_000
 
 HEALTH_PATHS = ("/healthz", "/readyz")
 
+# Serve's list of its applications and their prefixes, and the application that an upgrade.py's successor has replaced.
+HIDDEN_PATHS = "path_beg -i /-/routes /-clipfleet-previous"
+
 # The client has this long to send the headers and the first tune.bufsize bytes of the body.
 HTTP_REQUEST_TIMEOUT = "60s"
 
@@ -86,6 +89,7 @@ def public_bind(host: str, port: str, certificate: str = "") -> str:
 def _frontend(host: str, port: str, folder: Path, certificate: str) -> str:
     rules = [f"    http-request del-header {name}" for name in DROPPED_HEADERS]
     rules.append("    http-request del-header X-Request-Id if { req.hdr(X-Request-Id) -m reg [^\\\\x21-\\\\x7e] }")
+    rules.append(f"    http-request return status 404 errorfile {folder / '404.http'} if {{ {HIDDEN_PATHS} }}")
     malformed = f"    http-request return status 400 errorfile {folder / '400.http'} if"
     rules += [f"{malformed} !{{ method {METHODS} }}", f"{malformed} {{ url_len gt {LONGEST_URL} }}"]
     return "\n".join([f"    bind {public_bind(host, port, certificate)}", *rules, ""])
@@ -106,7 +110,6 @@ def edit(config: str, folder: Path, host: str, port: str, certificate: str = "")
         f"    errorfile {status} {folder / f'{status}.http'}" for status in ANSWERS if status not in (404, 429)
     )
     not_found = f"    http-request return status 404 errorfile {folder / '404.http'}"
-    alone = len(re.findall(r"^    server (?!.* backup$)", config, re.MULTILINE)) <= 1
     unavailable = f"    http-request return status 503 errorfile {folder / '503.http'}"
     rules = [
         # With every connection in use, others would wait in the kernel for one to end. A quarter is kept for those that are
@@ -119,9 +122,6 @@ def edit(config: str, folder: Path, host: str, port: str, certificate: str = "")
             r"^    tune\.bufsize (\d+)$(?!\n    tune\.memory)",
             rf"    tune.bufsize \1\n    tune.memory.hot-size {HOT_BYTES}",
         ),
-        # HAProxy copies the whole buffer of every request, to be able to send it again: 0.7 ms for 4 MiB. One replica is not
-        # worth that, since there is none other to send it to; uploads over 1 MiB then reach it while they still arrive.
-        *([(rf"^    tune\.bufsize {BUFFER_BYTES}$", f"    tune.bufsize {BUFFER_BYTES_ALONE}")] if alone else []),
         # A request is held until it is whole (or fills the buffer), so that one whose replica dies can be sent again, and
         # a slow upload does not hold a replica. Splicing passes bytes by the buffer, which leaves nothing to send again.
         (
@@ -134,7 +134,7 @@ def edit(config: str, folder: Path, host: str, port: str, certificate: str = "")
         (r"^    # Fallback to head node's Serve proxy.*\n    server .* backup\n", ""),
         # Serve and the replicas stay on loopback; this is the one address that the user asked for.
         (
-            rf"^    bind 127\.0\.0\.1:{port}\n(?:    http-request (?:del-header|return status 400) .*\n)*",
+            rf"^    bind 127\.0\.0\.1:{port}\n(?:    http-request (?:del-header|return status (?:400|404)) .*\n)*",
             _frontend(host, port, folder, certificate),
         ),
         # Prometheus and statistics pages, for this machine alone.
@@ -156,7 +156,8 @@ def with_servers(config: str, known: dict[str, str]) -> tuple[str, dict[str, str
     """The edited configuration, in which a backend without servers has those that it had last; and each backend's servers.
 
     Serve leaves out replicas for the moment in which it reconfigures them, although they go on answering. Where they are gone
-    for good HAProxy finds that out, and answers 503 as it would without servers.
+    for good HAProxy finds that out, and answers 503 as it would without servers. A new manager of Serve's knows no backends at
+    first, which makes none forgotten.
     """
     sections = re.split(r"^(?=\S)", config, flags=re.MULTILINE)
     found: dict[str, str] = {}
@@ -166,7 +167,18 @@ def with_servers(config: str, known: dict[str, str]) -> tuple[str, dict[str, str
             if not servers and (servers := known.get(backend[1], "")):
                 sections[number] = f"{section.rstrip()}\n{servers}"
             found[backend[1]] = servers
-    return "".join(sections), found
+    return "".join(sections), found or known
+
+
+def with_buffers(config: str) -> str:
+    """The whole configuration with smaller buffers where there is one server.
+
+    HAProxy copies the whole buffer of every request, to be able to send it again: 0.7 ms for 4 MiB. One replica is not worth
+    that, since there is none other to send it to; uploads over 1 MiB then reach it while they still arrive.
+    """
+    if len(re.findall(r"^    server (?!.* backup$)", config, re.MULTILINE)) > 1:
+        return config
+    return config.replace(f"    tune.bufsize {BUFFER_BYTES}\n", f"    tune.bufsize {BUFFER_BYTES_ALONE}\n")
 
 
 def edit_file(path: Path, host: str, port: str, certificate: str) -> None:
@@ -175,7 +187,7 @@ def edit_file(path: Path, host: str, port: str, certificate: str) -> None:
     known = json.loads(servers.read_text()) if servers.exists() else {}
     config, known = with_servers(edit(path.read_text(), path.parent, host, port, certificate), known)
     servers.write_text(json.dumps(known))
-    edited.write_text(config)
+    edited.write_text(with_buffers(config))
     edited.replace(path)  # in place: Serve knows its own workers by this path on their command line
 
 

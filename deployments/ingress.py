@@ -98,6 +98,8 @@ class Ingress:
         def route(method: str, path: str, handler: Any, good: type[schemas.Wire], statuses: tuple[int, ...]) -> None:
             documented = answers(good, statuses)
             app.add_api_route(path, handler, methods=[method], response_model=None, responses=documented)
+            if method == "GET":  # what load balancers and uptime checks ask
+                app.add_api_route(path, handler, methods=["HEAD"], include_in_schema=False)
 
         route("POST", "/v1/embeddings", self.embeddings, schemas.EmbeddingsResponse, ITEMS)
         route("POST", "/v1/embeddings/images", self.image_embeddings, schemas.EmbeddingsResponse, ITEMS)
@@ -107,7 +109,9 @@ class Ingress:
         route("GET", "/healthz", self.healthz, schemas.Health, OPEN)
         route("GET", "/readyz", self.readyz, schemas.Health, OPEN)
         add_schemas(app, asks_keys=asks_keys)
-        app.add_api_route("/docs", lambda: HTMLResponse(render(app.openapi())), include_in_schema=False)
+        app.add_api_route(
+            "/docs", lambda: HTMLResponse(render(app.openapi())), methods=["GET", "HEAD"], include_in_schema=False
+        )
         return app
 
     # --- routes

@@ -33,6 +33,7 @@ class ImageItem(Wire):
     image: StrictStr
 
 
+ITEM_TYPES = (TextItem, ImageItem)  # those with fields
 Item = StrictStr | TextItem | ImageItem
 # A long list of wrong items would make a problem for each of them: 2 GB and 5 s for a body of 1 MB.
 Items = Annotated[list[Item], Field(fail_fast=True)]

@@ -36,9 +36,12 @@ def serve_until_stopped(
     metrics_port: int,
     open_to_all: bool,
     tls: Path | None,
-    say: Callable[[str], Any],
+    say: Callable[..., Any],
 ) -> None:
-    """Serve a checked config file's content until Ctrl-C or SIGTERM; SIGHUP reads it again. Raises SetupError and its kin."""
+    """Serve a checked config file's content until Ctrl-C or SIGTERM; SIGHUP reads it again. Raises SetupError and its kin.
+
+    `say` prints a line, with `err` on stderr.
+    """
     http = config.get("http_options") or {}
     listen: str = host or http.get("host", "127.0.0.1")
     needs_keys = not (open_to_all or _is_loopback(listen))
@@ -87,7 +90,7 @@ def _prepared(config: dict[str, Any], model: str | None, public: str | None) -> 
     return config
 
 
-def _upgrade(service: Service, read: Callable[[], dict[str, Any]], say: Callable[[str], Any]) -> None:
+def _upgrade(service: Service, read: Callable[[], dict[str, Any]], say: Callable[..., Any]) -> None:
     """Put what the config file says now in place of what runs; where that fails, what runs goes on."""
     say("clipfleet: reading the config file again")
     try:
@@ -96,9 +99,9 @@ def _upgrade(service: Service, read: Callable[[], dict[str, Any]], say: Callable
             config, lambda prefix: _is_ready(service, prefix)[0], same=_same_checkpoint(service, config)
         )
     except ClipfleetError as error:
-        say(f"clipfleet: nothing was changed: {error.message}")
+        say(f"clipfleet: nothing was changed: {error.message}", err=True)
     except Exception as error:  # of Ray or the network: no reason to stop what works
-        say(f"clipfleet: nothing was changed: {type(error).__name__}: {error}")
+        say(f"clipfleet: nothing was changed: {type(error).__name__}: {error}", err=True)
     else:
         say(_ready(service, config))
 

@@ -23,16 +23,17 @@ def stop_on_signals() -> None:
 def hangups() -> Iterator[threading.Event]:
     """Yields an event that each SIGHUP sets.
 
-    The kernel sends SIGHUP too when a command's terminal goes away, which stops it unless it was started with nohup.
+    The kernel sends SIGHUP too when a command's terminal goes away, which stops it unless it was started with nohup; then
+    it reads its file once more, which does no harm.
     """
     came = threading.Event()
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     had_terminal = _has_terminal()
 
     def note(*_: object) -> None:
-        if not had_terminal or _has_terminal():
+        if ignored or not had_terminal or _has_terminal():
             came.set()
-        elif not ignored:
+        else:
             signal.raise_signal(signal.SIGTERM)
 
     before = signal.signal(signal.SIGHUP, note)

@@ -41,7 +41,11 @@ def measure_transport(*, clients: int = 16, body_bytes: int = 100_000, requests:
 @contextmanager
 def _alone() -> Iterator[None]:
     """Without what the environment says of services that are in use: it is on no account one of those that is measured."""
-    kept = {name: os.environ.pop(name) for name in ("RAY_ADDRESS", "CLIPFLEET_API_KEYS") if name in os.environ}
+    kept = {
+        name: os.environ.pop(name)
+        for name in ("RAY_ADDRESS", "CLIPFLEET_API_KEYS", "CLIPFLEET_API_KEYS_FILE")
+        if name in os.environ
+    }
     try:
         yield
     finally:

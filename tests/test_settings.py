@@ -53,7 +53,7 @@ def test_a_packaged_file_is_found_by_name_from_anywhere(
 
 
 def test_what_is_not_there_names_what_is() -> None:
-    with pytest.raises(SettingsError, match="'nothing'; packaged ones are autoscale, demo, gpu"):
+    with pytest.raises(SettingsError, match="'nothing'; packaged ones are autoscale, demo, gpu, serve_config"):
         read_config("nothing")
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ from clipfleet.errors import (
 from clipfleet.vectors import to_npy
 from tests.deployments.broken import BROKEN
 from tests.deployments.front import CUT, answer, front
+from tests.deployments.listener import listening
 from tests.deployments.processes import until
 from tests.deployments.service import ROOT, Service
 from tests.library import Library
@@ -130,6 +132,12 @@ class TestErrors:
         with Client(f"{service.url}/elsewhere") as client, pytest.raises(RouteNotFound):
             client.embed_texts(["a"])
 
+    @pytest.mark.parametrize("key", ["", "two\nlines", "a key", "schlüssel"])
+    def test_a_key_that_no_header_can_hold(self, key: str) -> None:
+        with pytest.raises(SettingsError, match="API key") as caught:
+            Client("http://127.0.0.1:9", key)
+        assert not key or key not in str(caught.value)
+
 
 class TestFaultsOnTheWay:
     def test_each_of_them_is_tried_again(self, service: Service, library: Library, files: list[bytes]) -> None:
@@ -175,6 +183,24 @@ class TestFaultsOnTheWay:
                 with pytest.raises(ClipfleetError) as caught:
                     client.embed_texts(["a"])
                 assert caught.value.data["status"] == status and way.connections == 1
+
+    def test_a_certificate_that_is_not_trusted(self) -> None:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(ROOT / "tests" / "data" / "localhost.pem")
+        with listening() as listener:
+            listener.socket = context.wrap_socket(listener.socket, server_side=True)
+            with (
+                Client(f"https://127.0.0.1:{listener.port}") as client,
+                pytest.raises(Unavailable, match="CERTIFICATE"),
+            ):
+                client.embed_texts(["a"])
+
+    def test_an_answer_in_an_encoding_that_is_none(self, service: Service) -> None:
+        cut = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\nConnection: close\r\n\r\nab"
+        with front(service.port, cut) as way, Client(way.url) as client:
+            with pytest.raises(Unavailable, match="DecodingError"):
+                client.embed_texts(["a"])
+            assert way.connections == 1
 
     def test_answers_that_are_none_of_a_services(self, service: Service) -> None:
         ok = b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from deployments.haproxy_wrapper import BUFFER_BYTES, edit
+from deployments.haproxy_wrapper import BUFFER_BYTES, edit, edit_file, with_buffers, with_servers
 
 SERVER = "    server SERVE_REPLICA_clipfleet-Ingress-{} 127.0.0.1:{} check observe layer4\n"
 
@@ -16,10 +16,32 @@ def test_the_buffer_by_the_number_of_ingress_replicas(replicas: int, kept: int, 
     generated = f"global\n    tune.bufsize {BUFFER_BYTES}\nbackend http-clipfleet\n"
     generated += "".join(SERVER.format(number, 20000 + number) for number in range(replicas))
     generated += "    # Fallback to head node's Serve proxy\n    server fallback 127.0.0.1:20100 backup\n"
-    edited = edit(generated, tmp_path, "127.0.0.1", "8000")
+    edited = with_buffers(edit(generated, tmp_path, "127.0.0.1", "8000"))
     assert f"    tune.bufsize {kept}\n" in edited
     assert "backup" not in edited
-    assert edit(edited, tmp_path, "127.0.0.1", "8000") == edited
+    assert with_buffers(edit(edited, tmp_path, "127.0.0.1", "8000")) == edited
+
+
+def test_servers_that_serve_leaves_out_for_a_moment_stay(tmp_path: Path) -> None:
+    head = f"global\n    tune.bufsize {BUFFER_BYTES}\n"
+    servers = "".join(SERVER.format(number, 20000 + number) for number in range(2))
+    file = tmp_path / "haproxy.cfg"
+    contents = []
+    for backends in (
+        f"backend http-clipfleet\n{servers}",
+        "",  # the first file of a new manager
+        f"backend http-clipfleet\nbackend http-clipfleet_next\n{SERVER.format(2, 20002)}",
+        "backend http-clipfleet_next\n",
+    ):
+        file.write_text(head + backends)
+        edit_file(file, "127.0.0.1", "8000", "")
+        contents.append(file.read_text())
+    assert contents[0].count("    server ") == 2
+    assert "    server " not in contents[1]
+    assert servers in contents[2] and f"    tune.bufsize {BUFFER_BYTES}\n" in contents[2]
+    assert contents[3].count("    server ") == 1 and ":20002 " in contents[3]
+    _, known = with_servers(contents[3], {"http-clipfleet": servers})
+    assert list(known) == ["http-clipfleet_next"]  # a name that comes back has other replicas
 
 
 def test_requests_are_refused_before_connections_run_out(tmp_path: Path) -> None:

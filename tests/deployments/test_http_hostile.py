@@ -265,6 +265,23 @@ class TestBodies:
         assert (answer.status, answer.error["code"]) == (status, code)
         assert len(answer.body) < 1000, "what was sent is not sent back"
 
+    @pytest.mark.parametrize(
+        ("item", "said"),
+        [
+            ({"text": "a", "detail": "low"}, "has the unknown field 'detail'; an item is"),
+            ({"img": "a"}, "has the unknown field 'img'; an item is"),
+            ({"text": "a", "image": "b"}, ": an item is a string"),
+            ({"text": "a", "<b>" * 30: 1}, "has an unknown field; an item is"),
+            (3, "none of the accepted types"),
+            ({"text": 3}, ': an item is a string, {"text": "..."}'),
+        ],
+        ids=str,
+    )
+    def test_what_is_wrong_with_an_item_is_said(self, http: httpx.Client, item: object, said: str) -> None:
+        for body, param in (({"input": item}, "input"), ({"input": ["a", item]}, "input[1]")):
+            error = http.post("/v1/embeddings", json=body).json()["error"]
+            assert said in error["message"] and error["param"] == param
+
     def test_a_field_given_twice_counts_the_last_time(self, http: httpx.Client) -> None:
         body = b'{"input": "a red circle", "model": "other", "input": ["a", "b"], "model": "tiny"}'
         assert len(vectors(http.post("/v1/embeddings", content=body))) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import httpx
+import pytest
 
 from clipfleet.checkpoint import find_checkpoint
 from clipfleet.fingerprint import fingerprint
@@ -45,6 +46,19 @@ def test_alive_and_ready_name_each_deployment(http: httpx.Client) -> None:
     deployments = dict.fromkeys(("Ingress", "ImageDecoder", "ImageEncoder", "TextEncoder"), "ready")
     assert http.get("/healthz").json() == {"status": "alive", "deployments": deployments}
     assert http.get("/readyz").json() == {"status": "ready", "deployments": deployments}
+
+
+@pytest.mark.parametrize("path", ["/readyz", "/healthz", "/v1/models", "/docs"])
+def test_head_is_get_without_the_body(http: httpx.Client, path: str) -> None:
+    answer = http.head(path)
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert answer.headers["content-type"] == http.get(path).headers["content-type"]
+
+
+@pytest.mark.parametrize("path", ["/-/routes", "/-/ROUTES", "/-clipfleet-previous/v1/models"])
+def test_what_serve_and_an_upgrade_use_is_not_public(http: httpx.Client, path: str) -> None:
+    answer = http.get(path)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "route_not_found")
 
 
 def test_every_answer_carries_the_fingerprint(http: httpx.Client) -> None:

@@ -24,7 +24,7 @@ def test_items_and_failures_are_counted(service: Service, files: list[bytes]) ->
     assert load.failures == {"422": 4, "404": 4}
     assert 0 < load.p50 <= load.p90 <= load.p99 <= load.seconds
     assert load.rate == load.items / load.seconds
-    assert "4 answered 422" in str(load)
+    assert "4 answered 422" in str(load) and load.first_failure
 
 
 def test_nobody_there_and_no_address() -> None:
@@ -48,3 +48,5 @@ def test_the_command_ends_with_3_where_requests_fail(service: Service, tmp_path:
     (tmp_path / "broken.jpg").write_bytes(BROKEN["cut JPEG"].data)
     done = run("bench", service.url, tmp_path / "broken.jpg", "--requests", "4")
     assert done.returncode == 3 and "4 answered 422" in done.stdout
+    assert "none of 4 requests" in done.stdout and "nan" not in done.stdout
+    assert "The first failure: the JPEG is truncated or damaged" in done.stdout

@@ -104,10 +104,10 @@ def test_another_checkpoint_fails_no_request(
 
     def change(content: str, *, refused: bool = False) -> None:
         file.write_text(content)
-        said = len(other_service.command.out)
-        other_service.command.send(signal.SIGHUP)
-        wanted = "nothing was changed" if refused else "clipfleet ready: "
-        until(lambda: wanted in other_service.command.out[said:], 120, wanted)
+        command, wanted = other_service.command, "nothing was changed" if refused else "clipfleet ready: "
+        said = command.err.count(wanted) if refused else command.out.count(wanted)
+        command.send(signal.SIGHUP)
+        until(lambda: (command.err if refused else command.out).count(wanted) > said, 120, wanted)
 
     config = yaml.safe_load(before)
     config["applications"][0]["args"]["model"] = str(other)
