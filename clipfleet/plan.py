@@ -165,6 +165,12 @@ class Plan:
         """All cores that one encoder keeps busy, its own included."""
         return self.decoders + self.encode_rate * self.transport_s + (0 if self.on_gpu else self.rates.threads)
 
+    @property
+    def machine_rate(self) -> float:
+        """Images a second that all of this machine serves, one a request: its cores' time, or its GPUs', is what ends first."""
+        by_cores = self.encode_rate * self.cores / self.cores_per_encoder
+        return min(by_cores, self.gpus * self.encode_rate) if self.on_gpu else by_cores
+
     def million(self) -> float | None:
         """The price of a million images by the job or a saturated service; None without prices."""
         hourly = self.cores_per_encoder * self.prices.core + (self.prices.gpu if self.on_gpu else 0)
@@ -188,6 +194,8 @@ class Plan:
         ]
         if rates.failed:
             lines.append(f"{rates.failed} images of the sample do not decode.")
+        has = f"{self.cores} cores{f', {self.gpus} GPUs' if self.on_gpu else ''}"
+        lines.append(f"This machine ({has}) should serve {self.machine_rate:.0f} images/s, one a request.")
         hours = 1e6 / self.encode_rate / 3600
         price = self.million()
         cost = f", {price:,.2f} at the given prices" if price is not None else "; give prices for its cost"

@@ -41,6 +41,16 @@ def test_what_one_encoder_needs_and_costs() -> None:
     assert "0.76 cores that decode" in str(found) and "38.0 images/s in batches of 8" in str(found)
 
 
+def test_what_the_machine_should_serve() -> None:
+    found = plan()
+    assert found.machine_rate == pytest.approx(16 / (0.02 + 16 / 400 + 4 / 38))  # cores by their seconds an image
+    assert f"This machine (16 cores) should serve {found.machine_rate:.0f} images/s" in str(found)
+    fast = replace(RATES, encode={64: 2000.0}, device="cuda")
+    assert plan(rates=fast, gpus=1).machine_rate == pytest.approx(16 / (0.02 + 16 / 400)), "decoding is what ends first"
+    slow = plan(rates=replace(RATES, device="cuda"), gpus=2)
+    assert slow.machine_rate == 2 * 38 and "16 cores, 2 GPUs" in str(slow)
+
+
 @pytest.mark.parametrize("cores", [1, 2, 8, 64])
 @pytest.mark.parametrize("reduced", [False, True])
 def test_its_config_is_accepted_and_finds_room(cores: int, reduced: bool) -> None:
