@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -102,6 +103,15 @@ class ServiceSettings(Settings):
     image_urls: UrlSettings = UrlSettings()
     api_keys: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     api_keys_file: str | None = None
+    cors_origins: tuple[str, ...] = ()
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
+                raise ValueError(f"{origin!r} is no origin; give one such as https://shop.example, or *")
+        return origins
 
     @field_validator("gpus_per_replica")
     @classmethod

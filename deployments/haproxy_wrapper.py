@@ -19,7 +19,7 @@ import shlex
 import sys
 from pathlib import Path
 
-BUFFER_BYTES = 4 * 2**20
+BUFFER_BYTES = 4 * 2**20 + 2**17  # a body of 4 MiB with its headers, and what HAProxy reserves
 BUFFER_BYTES_ALONE = 2**20  # in front of one replica
 HOT_BYTES = 16 * BUFFER_BYTES
 

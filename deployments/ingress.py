@@ -38,7 +38,7 @@ from deployments.cache import VectorCache
 from deployments.docs_page import add_schemas, render
 from deployments.encoder import EncodedText
 from deployments.fetching import Fetcher
-from deployments.gate import FINGERPRINT_HEADER, KEY_NAME, Gate, add_error_handlers, read_deadline
+from deployments.gate import FINGERPRINT_HEADER, KEY_NAME, Gate, add_error_handlers, read_deadline, with_cors
 from deployments.health import Health
 from deployments.inputs import ImageUrl, Input, check_counts, read_items
 from deployments.own_config import check_own_scaling
@@ -80,7 +80,7 @@ class Ingress:
         collector.rarely()
         keys = KeyRing(self._settings.api_keys, self._settings.api_keys_file)
         self._gate = Gate(self._routes(asks_keys=keys.asks), keys=keys, fingerprint=self._fingerprint)
-        return self._gate
+        return with_cors(self._gate, self._settings.cors_origins, (FINGERPRINT_HEADER, ERRORS_HEADER))
 
     async def drain(self) -> None:
         """Refuse newcomers, and wait until every request is answered."""

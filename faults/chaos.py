@@ -26,7 +26,9 @@ from benchmarks import data
 from benchmarks.processes import memory
 from clipfleet import CLIPEmbedder
 from clipfleet.checkpoint import find_checkpoint
+from clipfleet.encoder import Encoder
 from clipfleet.fingerprint import fingerprint
+from clipfleet.images import decode
 from faults.report import Row
 from faults.served import ROOT, Served, config, serve
 from faults.traffic import Picture, Seen, post, traffic
@@ -36,6 +38,8 @@ CRASHING = b"clipfleet: end this process"  # injected/sitecustomize.py
 FORWARD_S = 4
 GAP_S = 2.0
 GROWN_MB = 50.0
+BODY_BYTES = 4 * 2**20
+SIDE = 1182  # pixels of an uncompressed picture of just under 4 MiB
 PROCESSES = (
     ("ServeController", "the Serve controller"),
     ("haproxy", "HAProxy"),
@@ -87,6 +91,22 @@ def dying_replicas(model: str, folder: str | Path, seconds: float) -> list[Row]:
             rows.append(row_of(f"`kill -9` of a random {what} every {every:.0f} s, {model}", killed, seen))
             served.until_ready()
     return rows
+
+
+def dying_under_large_bodies(seconds: float) -> list[Row]:
+    """Bodies as large as HAProxy can send again, by clients that do not try again."""
+    encoder, rng, shown = Encoder("tiny", "cpu"), np.random.default_rng(4), []
+    made_by = fingerprint(encoder.checkpoint)
+    for _ in range(CLIENTS):
+        file = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (SIDE, SIDE, 3), np.uint8)).save(file, "BMP")
+        body = file.getvalue().ljust(BODY_BYTES, b"\0")
+        vector = encoder.encode_pixels(decode(body, encoder.checkpoint.pixels).pixels[None])
+        shown.append(Picture(body, {made_by: vector}))
+    with serve(config({"Ingress": 2}), "tiny") as served, traffic(served.port, shown, CLIENTS) as seen:
+        killed = kill_replicas(served, ["Ingress"], 10.0, seconds)
+        time.sleep(3)
+    return [row_of("`kill -9` of a random Ingress every 10 s, bodies of 4 MiB, tiny", killed, seen)]
 
 
 @contextmanager
@@ -260,6 +280,7 @@ def measure(seconds: float) -> list[Row]:
     return [
         *dying_replicas("tiny", "tiny", seconds),
         *dying_replicas("full-size", full_size, seconds),
+        *dying_under_large_bodies(seconds),
         *crashing_image(seconds),
         *failing_model(seconds),
         *other_processes(seconds),

@@ -91,11 +91,20 @@ class Job:
     def workers(self) -> list[int]:
         return [pid for pid, name in below(self.process.pid).items() if name.startswith(_WORKERS)]
 
+    def raylets(self) -> list[int]:
+        return [pid for pid, name in below(self.process.pid).items() if name == "raylet"]
+
     def kill(self, what: str) -> bool:
-        """`kill -9` the driver, a random worker, or all processes. Returns whether there was one."""
+        """`kill -9` the driver, a random worker, the node's raylet, or all processes. Returns whether there was one."""
         if self.status is not None:
             return False
-        victims = {"driver": lambda: [self.process.pid], "worker": self.workers, "all": self.members}[what]()
+        kinds = {
+            "driver": lambda: [self.process.pid],
+            "worker": self.workers,
+            "node": self.raylets,
+            "all": self.members,
+        }
+        victims = kinds[what]()
         if what == "worker":
             victims = random.sample(victims, min(1, len(victims)))
         for pid in victims:
@@ -107,8 +116,8 @@ class Job:
                     with suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
                 time.sleep(0.05)
-        if what != "worker":
-            self.process.wait()
+        if what != "worker":  # a driver ends with its node
+            self.process.wait(120)
         return bool(victims)
 
     def members(self) -> list[int]:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from faults.embedding import PLACE, Images, Job, embedding, images, parts, problems, until_parts
 from faults.report import Row
 
-KILLS = ("driver",) * 4 + ("worker",) * 3 + ("all",) * 3
+KILLS = ("driver",) * 3 + ("worker",) * 3 + ("all",) * 2 + ("node",) * 2
 ROWS_PER_FILE = 222  # at 224 px
 _SMALL = 900  # images of the short faults
 _FAST = "--reduced-jpeg"
@@ -68,7 +68,7 @@ def killed(count: int) -> Row:
     if left:
         wrong.append(f"{len(left)} processes left")
     needed = count - len(source.broken)
-    kills = sum(times for what, times in seen.items() if what.startswith(("driver", "worker", "all")))
+    kills = sum(times for what, times in seen.items() if what.startswith(KILLS))
     listed = ", ".join(f"{times} x {what}" for what, times in sorted(seen.items()))
     outcome = f"{'; '.join(wrong) or 'each id once, none missing'}; {encoded - needed} of {needed} rows encoded twice; {listed}"
     return Row(

@@ -107,13 +107,21 @@ async def _offer(served: Served, shown: Sequence[Picture], factor: float, rate: 
     return found
 
 
+def _rate(served: Served, shown: Sequence[Picture]) -> float:
+    """Requests a second that clients get answered who wait for their answers."""
+    with traffic(served.port, shown) as seen:
+        time.sleep(WARM_S)
+        answered = seen.answered
+    return answered / WARM_S
+
+
 def measure(seconds: float) -> list[Row]:
     checkpoint = data.checkpoint()
     shown = pictures(checkpoint, count=48)
     with serve(config({}), checkpoint) as served:
-        with traffic(served.port, shown) as seen:
-            time.sleep(WARM_S)
-        capacity = seen.answered / WARM_S
+        _rate(served, shown)  # warms up
+        capacity = _rate(served, shown)
+        print(f"capacity: {capacity:.1f} requests/s from 16 clients", flush=True)
         found = []
         for factor in FACTORS:
             found.append(asyncio.run(_offer(served, shown, factor, factor * capacity, seconds)))

@@ -119,6 +119,8 @@ def test_contradictions_are_named(deployment: str, more: dict[str, Any], words: 
         ({"device": "tpu"}, "device must be auto, cpu, cuda or cuda:N"),
         ({"precision": "int4"}, "args.precision"),
         ({"gpus_per_replica": 0}, "args.gpus_per_replica"),
+        ({"cors_origins": ["shop.example"]}, "'shop.example' is no origin"),
+        ({"cors_origins": ["https://shop.example/page"]}, "is no origin"),
         ({"limits": {"image_bytes": -1}}, "args.limits.image_bytes"),
         ({"limits": {"image_formats": ["PNG", "SVG"]}}, "SVG"),
         ({"api_keys": [""]}, "args.api_keys"),

@@ -43,10 +43,11 @@ def image_store() -> Iterator[Listener]:
 @pytest.fixture(scope="package")
 def other_service(flags: Path, image_store: Listener) -> Iterator[Service]:
     """Another service of tiny: it caches images and no texts, takes a forward pass of 2 s for one that hangs, fetches images
-    from image_store, and has the faults of faults/injected."""
+    from image_store, lets pages of one origin ask, and has the faults of faults/injected."""
     config = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
     config["applications"][0]["args"] |= {
         "limits": {"forward_s": 2},
+        "cors_origins": ["https://shop.example"],
         "cache": {"text_bytes": 0, "image_bytes": 1_000_000},
         "image_urls": {"enabled": True, "ports": [image_store.port], "allowed_networks": ["127.0.0.9/32"]},
     }

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from clipfleet.errors import InvalidRequest, Overloaded
 from clipfleet.keys import KeyRing, add_key, digest, revoke_key
 from deployments import gate as module
-from deployments.gate import Gate, add_error_handlers, read_deadline
+from deployments.gate import Gate, add_error_handlers, read_deadline, with_cors
 
 
 def app() -> FastAPI:
@@ -117,3 +117,18 @@ def test_a_deadline_is_never_later_than_the_services_own() -> None:
     for value in ("-1", "0", "1e9", "9" * 400, "soon"):
         with pytest.raises(InvalidRequest, match="X-Deadline-Ms"):
             deadline(value)
+
+
+def test_a_preflight_needs_no_key() -> None:
+    async def send() -> list[httpx.Response]:
+        gate = Gate(app(), keys=KeyRing(("one",), None), fingerprint=lambda: "f00d")
+        way = httpx.ASGITransport(with_cors(gate, ["https://shop.example"], ["X-Fingerprint"]))
+        origin = {"Origin": "https://shop.example"}
+        async with httpx.AsyncClient(transport=way, base_url="http://gate", headers=origin) as client:
+            asked = {"Access-Control-Request-Method": "GET", "Access-Control-Request-Headers": "authorization"}
+            return [await client.options("/v1/models", headers=asked), await client.get("/v1/models")]
+
+    preflight, refused = asyncio.run(send())
+    assert preflight.status_code == 200 and refused.status_code == 401
+    assert refused.headers["access-control-allow-origin"] == "https://shop.example"
+    assert "X-Fingerprint" in refused.headers["access-control-expose-headers"]

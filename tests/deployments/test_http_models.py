@@ -79,3 +79,17 @@ def test_every_answer_carries_the_fingerprint(http: httpx.Client) -> None:
     ]
     assert {answer.status_code for answer in answers} == {200, 404, 405, 400, 422, 504}
     assert [answer.headers["X-Clipfleet-Fingerprint"] for answer in answers] == [expected] * len(answers)
+
+
+def test_pages_of_another_origin_may_ask_where_it_is_set(service: Service, other_service: Service) -> None:
+    wanted = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization, content-type"}
+
+    def allowed(asked: Service, origin: str) -> tuple[str | None, str | None]:
+        with asked.client(headers={"Origin": origin}) as http:
+            answers = http.options("/v1/embeddings", headers=wanted), http.post("/v1/embeddings", json={"input": "a"})
+        preflight, answer = (each.headers.get("access-control-allow-origin") for each in answers)
+        return preflight, answer
+
+    assert allowed(other_service, "https://shop.example") == ("https://shop.example",) * 2
+    assert allowed(other_service, "https://other.example") == (None, None)
+    assert allowed(service, "https://shop.example") == (None, None)
