@@ -71,16 +71,18 @@ class ClipfleetError(Exception):
         return _rebuild(type(self), self.message, index, self.data)
 
 
+def kinds(root: type[ClipfleetError] | None = None) -> Iterator[type[ClipfleetError]]:
+    """A class of this module and all below it, by default the whole tree."""
+    kind = root or ClipfleetError
+    yield kind
+    for child in kind.__subclasses__():
+        if child.__module__ == __name__:  # not the service's own, whose codes are those of their parents
+            yield from kinds(child)
+
+
 def by_code(code: str) -> type[ClipfleetError] | None:
     """The class of a code, the most particular one where a class shares its parent's; None where no class has it."""
-
-    def below(kind: type[ClipfleetError]) -> Iterator[type[ClipfleetError]]:
-        yield kind
-        for child in kind.__subclasses__():
-            yield from below(child)
-
-    # Without the service's own ones, which a process may have imported: its codes are those of their parents.
-    return {kind.code: kind for kind in below(ClipfleetError) if kind.__module__ == __name__}.get(code)
+    return {kind.code: kind for kind in kinds()}.get(code)
 
 
 def _rebuild(kind: type[ClipfleetError], message: str, index: int | None, data: dict[str, Any]) -> ClipfleetError:

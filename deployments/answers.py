@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from deployments.responses import codes_of
 from deployments.schemas import ErrorResponse
 
 # HAProxy's own are among them: 400 for what is no HTTP, 408, and 503 and 504 when no replica answers.
@@ -43,7 +44,7 @@ def answers(good: type[BaseModel], statuses: tuple[int, ...]) -> dict[int | str,
     problems = {
         status: {
             "model": ErrorResponse,
-            "description": _WHEN[status],
+            "description": f"{_WHEN[status]} Codes: {', '.join(codes_of(status) or ['invalid_request'])}.",
             "headers": _HEADERS.get(status, {}) | _FINGERPRINT,
         }
         for status in sorted(statuses)

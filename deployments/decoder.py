@@ -67,8 +67,8 @@ class DecoderReplica:
         self._spec = find_checkpoint(settings.model, weights=False).pixels
         self._limits = image_limits(settings)
         self._budget = MemoryBudget(settings.limits.decoding_bytes)
-        self._threads = ThreadPoolExecutor(threads.of_decoder(), thread_name_prefix="decode")
-        self._apart = ThreadPoolExecutor(2, thread_name_prefix="decode-apart")  # each with a process
+        self._threads = ThreadPoolExecutor(threads.of_decoder(), "decode", threads.give_way)
+        self._apart = ThreadPoolExecutor(2, "decode-apart", threads.give_way)  # each with a process
         collector.rarely()
 
     async def decode(self, images: Sequence[bytes], deadline: float) -> list[Pixels]:

@@ -195,10 +195,12 @@ def stop(names: Sequence[str], *, stays: bool = False) -> None:
             with suppress(Exception):
                 finish_requests(name)
     with suppress(Exception, KeyboardInterrupt):
-        from ray import serve
+        from ray.serve._private import api
+        from ray.serve.schema import ServeDeploySchema
 
-        for name in names if stays else ():
-            serve.delete(name, _blocking=False)
+        if names and stays:
+            # What Serve's controller is asked for it remembers when it dies; what serve.delete removed would come back.
+            deploy(api._get_global_client(), ServeDeploySchema(applications=[]))
     with suppress(Exception, KeyboardInterrupt):
         _end_calls()
     with suppress(Exception, KeyboardInterrupt):

@@ -35,7 +35,17 @@ _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_
 
 def status_of(error: ClipfleetError) -> int:
     """The HTTP status of an error."""
-    return next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
+    return _status(type(error))
+
+
+def _status(kind: type[ClipfleetError]) -> int:
+    return next(STATUS[base] for base in kind.__mro__ if base in STATUS)
+
+
+def codes_of(status: int) -> list[str]:
+    """The codes that an answer of this status may have. A service opens no files, so it has none of their errors."""
+    found = (*errors.kinds(errors.InputError), *errors.kinds(errors.ServiceError))
+    return list(dict.fromkeys(kind.code for kind in found if _status(kind) == status and not issubclass(kind, OSError)))
 
 
 @cache
