@@ -14,7 +14,8 @@ from pathlib import Path
 from clipfleet.errors import JobError
 from clipfleet.threads import cores as own_cores
 from deployments.guardian import start_guardian
-from deployments.private_ray import init, make_folder, set_environment, start_ray, unreachable
+from deployments.private_ray import ended_with_ray, init, make_folder, set_environment, start_ray, unreachable
+from jobs.destination import GO_ON
 
 _ROOT = str(Path(__file__).resolve().parents[1])
 PLACEMENT_S = 60
@@ -76,7 +77,8 @@ def _own_ray() -> Iterator[None]:
         with _silent_core():
             # Where there is one core, encoder and decoders take turns on it.
             start_ray(folder, num_cpus=max(2, own_cores()))
-        yield
+        with ended_with_ray(f"the job stopped: the {{}} of its Ray has died. {GO_ON}"):
+            yield
     finally:
         with suppress(Exception):
             import ray
