@@ -16,12 +16,14 @@ from typing import Any
 
 from clipfleet.errors import SettingsError, SetupError
 from clipfleet.settings import APPLICATION
-from deployments.private_ray import LOOPBACK, is_lost
+from deployments.private_ray import LOOPBACK, is_lost, leave_at_once
 
 NAMES = (APPLICATION, f"{APPLICATION}_next")  # those of a command: two take turns when one replaces the other
 UNPLACED_S = 60  # a replica that no node has room for is waited for this long
+_LOOP_S = 5.0  # for calls that still run to notice that they have been given up
 PROXIES_S = 60  # for Serve's proxies to start
 DRAIN_S = 40  # at a stop, requests in flight have this long to finish: their deadline, and some
+STOP_S = 20  # and all the rest of a stop
 
 
 def schema_of(config: dict[str, Any]) -> Any:
@@ -171,7 +173,8 @@ def _end_calls() -> None:
     if _calls.cache_info().currsize:
         logging.getLogger("ray.serve").setLevel(logging.CRITICAL)  # its clients say that the loop has gone
         _calls().call_soon_threadsafe(_calls().stop)
-        while _calls().is_running():
+        end = time.monotonic() + _LOOP_S
+        while _calls().is_running() and time.monotonic() < end:
             time.sleep(0.01)
         _calls.cache_clear()
 
@@ -190,6 +193,12 @@ def stop(names: Sequence[str], *, stays: bool = False) -> None:
         return
     import ray
 
+    # Nothing that Ray may wait for must keep the command alive; its guardian then ends what is left.
+    last_resort = threading.Timer(
+        DRAIN_S + STOP_S, leave_at_once, [SetupError("Ray did not stop in time; it was killed")]
+    )
+    last_resort.daemon = True
+    last_resort.start()
     with suppress(Exception, KeyboardInterrupt):  # a second Ctrl-C ends the patience, not the cleaning up
         for name in names if ray.is_initialized() else ():
             with suppress(Exception):
@@ -205,3 +214,4 @@ def stop(names: Sequence[str], *, stays: bool = False) -> None:
         _end_calls()
     with suppress(Exception, KeyboardInterrupt):
         ray.shutdown()
+    last_resort.cancel()

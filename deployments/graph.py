@@ -61,7 +61,7 @@ def _deployment(kind: type) -> Any:
 
 
 _HEALTH: dict[str, Any] = {
-    "health_check_period_s": 5,  # a dead replica is noticed in seconds, Serve's default is 10
+    "health_check_period_s": 2,  # a dead replica is noticed that soon; Serve's default is 10
     "health_check_timeout_s": 10,  # one that stands still is replaced after three of these; Serve's default is 30
     "graceful_shutdown_timeout_s": 35,  # the deadline of a request, and some: a rolling upgrade loses none
     "graceful_shutdown_wait_loop_s": 0.5,

@@ -116,7 +116,9 @@ def serve(settings: dict[str, Any], model: str | Path | None, port: int = 8470) 
             try:
                 process.wait(120)
             except subprocess.TimeoutExpired:
-                for pid in (process.pid, *left):
-                    with suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
+                process.kill()
                 process.wait()
+                end = time.monotonic() + 30  # its guardian ends the others
+                while any(Path("/proc", str(pid)).exists() for pid in left) and time.monotonic() < end:
+                    time.sleep(0.2)
+                raise
