@@ -21,7 +21,7 @@ from clipfleet.samples import jpegs, texts
 from clipfleet.threads import of_decoder, of_planned_encoder
 
 BATCHES = {"cpu": (1, 4, 8, 16, 32), "cuda": (1, 8, 32, 64, 128, 256)}
-_SECONDS = 2.0  # a measurement goes on for at least this long
+_SECONDS = 1.0  # a measurement goes on for at least this long
 _GOOD = 0.95  # of the best rate; a smaller batch that reaches it answers sooner
 
 

@@ -18,7 +18,7 @@ from tests.deployments.service import Command
 from tests.jobs.job import embed, embedding, errors, read, summary
 from tests.pictures import encode
 
-COUNT = 1500
+COUNT = 1200
 SECONDS = 120  # only guards against a hang
 
 
