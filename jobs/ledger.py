@@ -56,12 +56,14 @@ class Ledger:
     ) -> None:
         self._db.close()
 
-    def record(self, name: str, state: State, part: int = 0, file: FileState = UNKNOWN) -> None:
-        """Note that DEST has a row for this id in its output file number `part`. Raises JobError if it has two."""
+    def record(self, name: str, state: State, part: int = 0, file: FileState = UNKNOWN) -> int | None:
+        """Note that DEST has a row for this id in its output file number `part`. Returns the number of another one that has
+        it too, if there is one."""
         try:
             self._db.execute("INSERT INTO ids VALUES (?, ?, 0, ?, ?, ?)", (_digest(name), state, part, *file))
         except sqlite3.IntegrityError:
-            raise JobError(f"DEST holds id {name!r} twice; remove one of its files and start again") from None
+            return int(self._db.execute("SELECT part FROM ids WHERE digest = ?", (_digest(name),)).fetchone()[0])
+        return None
 
     def claim(self, name: str) -> Known:
         """Note that the source names this id, and say what DEST has of it. Raises JobError the second time."""

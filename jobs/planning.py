@@ -89,7 +89,12 @@ def _record_finished(
                 known = State.REDO
             else:
                 known = State.GONE if error == parts.GONE else State.FAILED
-            ledger.record(name, known, len(files), state)
+            other = ledger.record(name, known, len(files), state)
+            if other is not None:
+                raise JobError(
+                    f"DEST {str(claimed.folder)!r} holds id {name!r} twice, in {[*files, file][other]} and in {file}; remove one "
+                    "of these files and start again"
+                )
         files.append(file)
     return files, count
 

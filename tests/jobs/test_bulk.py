@@ -148,6 +148,17 @@ def test_another_fingerprint_is_refused(bulk: Bulk, checkpoints: dict[str, Path]
     assert state(bulk.dest) == before
 
 
+def test_an_id_in_two_files_is_named_with_both(bulk: Bulk) -> None:
+    part = sorted(bulk.dest.glob("part-*"))[1]
+    copied = bulk.dest / "part-copied.parquet"
+    shutil.copy(part, copied)
+    try:
+        done = embed(bulk.source, bulk.dest)
+        assert done.status == 1 and part.name in done.err and copied.name in done.err, done.err
+    finally:
+        copied.unlink()
+
+
 def test_retry_errors_redoes_failed_rows_alone(bulk: Bulk, tmp_path: Path) -> None:
     source, dest = tmp_path / "pictures", tmp_path / "vectors"
     shutil.copytree(bulk.source, source, symlinks=True)
