@@ -27,13 +27,14 @@ WARM_UP = 0.25  # of the time: caches fill and pools grow
 EVERY_S = 5.0
 SLOPE_MB_H = 20.0  # what a process may grow an hour within the noise of its measurement
 CLIENTS = 8
+PORT = 8500
 
 
 def measure(seconds: float, seed: int) -> list[Row]:
     shown = [picture.body for picture in pictures("tiny", count=32)]
     seen: Counter[str] = Counter()
     stop = threading.Event()
-    with serve(config({}), "tiny") as served:
+    with serve(config({}), "tiny", PORT) as served:
         clients = [
             threading.Thread(target=_client, args=(served.port, shown, seed + number, seen, stop), daemon=True)
             for number in range(CLIENTS)
