@@ -241,7 +241,7 @@ def bench(
             url, images=images or [], texts=texts, clients=clients, requests=requests, items=items, api_key=api_key
         )
         typer.echo(str(result))
-        raise typer.Exit(FAILED_ROWS if result.failures else 0)
+        raise typer.Exit(FAILED_ROWS if result.failures or not result.items else 0)
 
 
 @app.command(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import random
-import re
 import ssl
 import time
 from typing import Any
@@ -13,6 +12,7 @@ import httpx
 
 from clipfleet import errors
 from clipfleet.errors import ClipfleetError, DeadlineExceeded, SettingsError, Unavailable
+from clipfleet.keys import authorization
 
 _AGAIN = (429, 502, 503, 504)
 _PAUSE_S, _LONGEST_PAUSE_S = 0.25, 8.0
@@ -37,13 +37,9 @@ def connect(url: str, api_key: str | None = None) -> httpx.Client:
         address = httpx.URL()
     if address.scheme not in ("http", "https") or not address.host:
         raise SettingsError(f"{url!r} is no address of a service; give one such as http://127.0.0.1:8000")
-    if api_key is not None and not re.fullmatch(r"[\x21-\x7e]+", api_key):  # it stays out of the message
-        raise SettingsError(
-            "the API key is empty, or has a space, a line's end or another character that no HTTP header holds"
-        )
     return httpx.Client(
         base_url=address,
-        headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+        headers=authorization(api_key),
         timeout=30,
         # A proxy of the environment is for other machines.
         trust_env=address.host not in ("127.0.0.1", "::1", "localhost"),
@@ -98,11 +94,14 @@ class Connection:
     def _unanswered(self, error: httpx.RequestError) -> ClipfleetError:
         if isinstance(error, (httpx.ReadTimeout, httpx.WriteTimeout)):
             return DeadlineExceeded(f"{self.url} gave no answer within {self._deadline_s:g} s")
+        if isinstance(error, httpx.DecodingError):
+            return Unavailable(f"{self.url} gave an answer that does not decode: {error}")
         return Unavailable(f"{self.url} cannot be reached: {type(error).__name__} {error}".rstrip())
 
 
 def _may_heal(error: httpx.RequestError) -> bool:
-    """Whether another try may succeed: not with a certificate that is not trusted, or an answer in no known encoding."""
+    """Whether another try may succeed: not with a certificate that is not trusted, an answer that does not decode, or a
+    request that is no HTTP."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ssl.SSLCertVerificationError):

@@ -21,6 +21,21 @@ from clipfleet.errors import SettingsError
 PREFIX = "cf_"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _HASH = re.compile(r"[0-9a-f]{64}")
+_IN_A_HEADER = re.compile(r"[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?")
+
+
+def fits_a_header(key: str) -> bool:
+    """Whether a key can be sent: printable ASCII, without spaces at its ends."""
+    return _IN_A_HEADER.fullmatch(key) is not None
+
+
+def authorization(key: str | None) -> dict[str, str]:
+    """The header that sends a key; none without one. Raises SettingsError, whose message has nothing of the key."""
+    if key is None:
+        return {}
+    if not fits_a_header(key):
+        raise SettingsError("the API key is empty, or holds a line's end or another character that no HTTP header has")
+    return {"Authorization": f"Bearer {key}"}
 
 
 def digest(key: str) -> str:

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from clipfleet.errors import SettingsError, Unavailable
+from clipfleet.keys import authorization
 
 _NPY = {"Accept": "application/x-npy"}
 _JSON = {"Content-Type": "application/json"}
@@ -89,11 +90,11 @@ def run_load(
 ) -> Load:
     """Send the requests from `clients` threads, each on one kept connection; `advance` is called with 1 for each answer.
 
-    Raises Unavailable if nobody listens at `url`, SettingsError if it is no http(s) address.
+    Raises Unavailable if nobody listens at `url`, SettingsError if it is no http(s) address or the key none for HTTP.
     """
     scheme, host, port, prefix = _parse(url)
     kind = http.client.HTTPSConnection if scheme == "https" else http.client.HTTPConnection
-    more = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    more = authorization(api_key)
     pending, lock = iter(requests), threading.Lock()
     seconds: list[float] = []
     failures: Counter[str] = Counter()

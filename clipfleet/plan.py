@@ -167,9 +167,14 @@ class Plan:
 
     @property
     def machine_rate(self) -> float:
-        """Images a second that all of this machine serves, one a request: its cores' time, or its GPUs', is what ends first."""
-        by_cores = self.encode_rate * self.cores / self.cores_per_encoder
-        return min(by_cores, self.gpus * self.encode_rate) if self.on_gpu else by_cores
+        """Images a second that this machine serves under its config file, one a request: its cores' time or its encoders' is
+        what ends first."""
+        return self.encode_rate * min(self.cores / self.cores_per_encoder, self.encoders)
+
+    @property
+    def encoders(self) -> int:
+        """How many encoders of images the machine has room for."""
+        return self.gpus if self.on_gpu else max(1, int(self.cores / self.cores_per_encoder))
 
     def million(self) -> float | None:
         """The price of a million images by the job or a saturated service; None without prices."""
@@ -194,7 +199,7 @@ class Plan:
         ]
         if rates.failed:
             lines.append(f"{rates.failed} images of the sample do not decode.")
-        has = f"{self.cores} cores{f', {self.gpus} GPUs' if self.on_gpu else ''}"
+        has = f"{self.cores} cores, {self.gpus} GPU{'s' * (self.gpus > 1)}" if self.on_gpu else f"{self.cores} cores"
         lines.append(f"This machine ({has}) should serve {self.machine_rate:.0f} images/s, one a request.")
         hours = 1e6 / self.encode_rate / 3600
         price = self.million()
@@ -205,7 +210,7 @@ class Plan:
     def config(self) -> str:
         """A config file with what was measured."""
         batch, text_batch = self.batch, best_batch(self.rates.texts)
-        encoders = self.gpus if self.on_gpu else max(1, int(self.cores / self.cores_per_encoder))
+        encoders = self.encoders
         decoding = min(self.decoders * encoders, self.cores)  # cores
         decoders = math.ceil(decoding / of_decoder())
         ingresses = 2 if self.cores > 2 else 1

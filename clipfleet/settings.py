@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from clipfleet.engines import Engine, Precision, check_engine
 from clipfleet.errors import SettingsError
-from clipfleet.keys import read_keys
+from clipfleet.keys import fits_a_header, read_keys
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 APPLICATION = "clipfleet"
@@ -105,13 +105,24 @@ class ServiceSettings(Settings):
     api_keys_file: str | None = None
     cors_origins: tuple[str, ...] = ()
 
+    @field_validator("api_keys")
+    @classmethod
+    def _can_be_sent(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(map(fits_a_header, keys)):
+            raise ValueError("a key must be printable ASCII without spaces at its ends, to fit a header")
+        return keys
+
     @field_validator("cors_origins")
     @classmethod
     def _origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
-        for origin in origins:
-            if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
-                raise ValueError(f"{origin!r} is no origin; give one such as https://shop.example, or *")
-        return origins
+        """As browsers write them: in lower case, without a port that goes without saying."""
+        found = [
+            re.sub(r"^(http(?=:.*:80$)|https(?=:.*:443$))(.*):\d+$", r"\1\2", origin.lower()) for origin in origins
+        ]
+        for origin in found:
+            if origin != "*" and not re.fullmatch(r"https?://([a-z0-9.-]+|\[[0-9a-f:.]+\])(:\d+)?", origin):
+                raise ValueError(f"{origin!r} is no origin; give one such as https://shop.example, or '*' for all")
+        return tuple(found)
 
     @field_validator("gpus_per_replica")
     @classmethod

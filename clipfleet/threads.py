@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")  # cgroup 2: "QUOTA PERIOD" in microseconds, or "max PERIOD"
@@ -29,9 +30,10 @@ def of_decoder() -> int:
 
 
 def give_way() -> None:
-    """Let other threads of the machine go before the calling one, which has work that may wait: of an overload's first
-    seconds, in which all that is taken on is decoded at once, refusals then take 0.1 instead of 0.8 s."""
-    os.nice(5)
+    """Let the machine's other threads go before the calling one, whose work may wait. In the first seconds of an overload all
+    that is taken on is decoded at once; the ingress needs its share then, to refuse the rest quickly."""
+    if sys.platform == "linux":  # elsewhere it would concern the whole process
+        os.nice(5)
 
 
 def of_planned_encoder() -> int:

@@ -39,12 +39,16 @@ _HEADERS: dict[int, dict[str, Any]] = {
 }
 
 
+def _codes(status: int, *, of_items: bool) -> list[str]:
+    return codes_of(status) if status not in (400, 408) or (status == 400 and of_items) else ["invalid_request"]
+
+
 def answers(good: type[BaseModel], statuses: tuple[int, ...]) -> dict[int | str, dict[str, Any]]:
     """The `responses` of a route that answers `good`, or an error with one of `statuses`."""
     problems = {
         status: {
             "model": ErrorResponse,
-            "description": f"{_WHEN[status]} Codes: {', '.join(codes_of(status) or ['invalid_request'])}.",
+            "description": f"{_WHEN[status]} Codes: {', '.join(_codes(status, of_items=413 in statuses))}.",
             "headers": _HEADERS.get(status, {}) | _FINGERPRINT,
         }
         for status in sorted(statuses)

@@ -99,7 +99,7 @@ def check_structure(data: bytes, most: int) -> None:
 
 
 def parse_json(data: bytes, kind: type[M], limits: LimitSettings) -> M:
-    """Parse and validate JSON. Raises TooManyItems, or InvalidRequest with the field's name; nothing sent is echoed."""
+    """Parse and validate JSON. Raises TooManyItems or InvalidRequest, whose message has a field's name of it at most."""
     # An item is at most an object of one field: a comma and a brace. The rest is for other fields.
     check_structure(data, 2 * (limits.images_per_request + limits.texts_per_request) + 1000)
     try:
@@ -127,14 +127,14 @@ def invalid(problems: Sequence[Any]) -> InvalidRequest:
 
 
 def _misnamed(problems: Sequence[Any]) -> str | None:
-    """What is wrong with the fields of an item that is an object; None where something else is wrong."""
+    """What is wrong with the names of an item's fields; None where something else is wrong."""
     unknown: dict[str, set[str]] = {}  # by the type that does not have them
     for problem in problems:
         if problem["type"] == "extra_forbidden":
             unknown.setdefault(str(problem["loc"][-2]), set()).add(str(problem["loc"][-1]))
-    if not unknown:
+    if len(unknown) < len(ITEM_TYPES):
         return None
-    nowhere = set.intersection(*unknown.values()) if len(unknown) == len(ITEM_TYPES) else set()
+    nowhere = set.intersection(*unknown.values())
     shown = next((name for name in sorted(nowhere) if _NAME.fullmatch(name)), None)
     named = f"has the unknown field {shown!r}; " if shown else "has an unknown field; " if nowhere else ""
     return f'{named}an item is a string, {{"text": "..."}} or {{"image": "..."}}, with no other field'

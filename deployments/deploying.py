@@ -85,15 +85,25 @@ def deploy(client: Any, schema: Any) -> None:
 
 
 def _with_others(client: Any, schema: Any) -> Any:
-    """The configuration together with other people's applications of a running Serve, which removes what is not named."""
+    """The configuration together with other people's applications of a running Serve, which removes what is not named.
+
+    What somebody else deploys between this look and Serve's is removed: Serve has no way to change one application alone.
+    """
     ours = {*NAMES, *(application.name for application in schema.applications)}
+    running = client.get_serve_details()
     others = [
         details["deployed_app_config"]
-        for name, details in client.get_serve_details().get("applications", {}).items()
-        if name not in ours and details.get("deployed_app_config")
+        for name, details in running.get("applications", {}).items()
+        # The configuration of one that serve.run has replaced, or that is on its way out, is old.
+        if name not in ours
+        and details.get("deployed_app_config")
+        and details.get("source") == "declarative"
+        and details.get("status") != "DELETING"
     ]
+    capacity = {"target_capacity": running["target_capacity"]} if running.get("target_capacity") is not None else {}
     return type(schema).model_validate(
         {
+            **capacity,
             **schema.model_dump(exclude_unset=True),
             "applications": [
                 *others,
@@ -193,10 +203,10 @@ def stop(names: Sequence[str], *, stays: bool = False) -> None:
         return
     import ray
 
-    # Nothing that Ray may wait for must keep the command alive; its guardian then ends what is left.
-    last_resort = threading.Timer(
-        DRAIN_S + STOP_S, leave_at_once, [SetupError("Ray did not stop in time; it was killed")]
-    )
+    # Nothing that Ray may wait for must keep the command alive. Of a Ray of its own the guardian then ends what is left.
+    left = "the application may still be on it" if stays else "it was killed"
+    seconds = DRAIN_S * max(1, len(names)) + STOP_S
+    last_resort = threading.Timer(seconds, leave_at_once, [SetupError(f"Ray did not stop within {seconds} s; {left}")])
     last_resort.daemon = True
     last_resort.start()
     with suppress(Exception, KeyboardInterrupt):  # a second Ctrl-C ends the patience, not the cleaning up

@@ -121,7 +121,9 @@ def with_cors(app: ASGIApp, origins: Sequence[str], exposed: Sequence[str]) -> A
         app,
         allow_origins=origins,
         allow_methods=["GET", "POST"],
-        allow_headers=["Authorization", "Content-Type", DEADLINE_HEADER],
+        allow_headers=[
+            "*"
+        ],  # OpenAI's client sends some of its own; cookies, which would make that unsafe, are not allowed
         expose_headers=[*exposed, "Retry-After"],
     )
 

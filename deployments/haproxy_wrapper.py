@@ -56,8 +56,9 @@ LONGEST_URL = 60_000
 
 HEALTH_PATHS = ("/healthz", "/readyz")
 
-# Serve's list of its applications and their prefixes, and the application that an upgrade.py's successor has replaced.
-HIDDEN_PATHS = "path_beg -i /-/routes /-clipfleet-previous"
+# Serve's list of applications and their prefixes, and the prefix of an application that has been replaced (upgrade.py), which
+# still has the old keys. Decoded, as the replicas read them.
+HIDDEN_PATHS = "path,url_dec -i -m beg /-/routes /-clipfleet-previous"
 
 # The client has this long to send the headers and the first tune.bufsize bytes of the body.
 HTTP_REQUEST_TIMEOUT = "60s"

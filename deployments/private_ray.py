@@ -150,14 +150,16 @@ def ended_with_ray(message: str, every_s: float = 1.0) -> Iterator[None]:
 
     def watch() -> None:
         while not over.wait(every_s):
-            if dead := node.dead_processes():
+            if (dead := node.dead_processes()) and not over.is_set():
                 leave_at_once(SetupError(message.format(" and ".join(sorted({name for name, _ in dead})))))
 
-    threading.Thread(target=watch, name="ray-watch", daemon=True).start()
+    watching = threading.Thread(target=watch, name="ray-watch", daemon=True)
+    watching.start()
     try:
         yield
     finally:
         over.set()
+        watching.join()
 
 
 def leave_at_once(error: BaseException | None) -> NoReturn:

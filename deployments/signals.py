@@ -24,7 +24,7 @@ def hangups() -> Iterator[threading.Event]:
     """Yields an event that each SIGHUP sets.
 
     The kernel sends SIGHUP too when a command's terminal goes away, which stops it unless it was started with nohup; then
-    it reads its file once more, which does no harm.
+    it reads its file once more.
     """
     came = threading.Event()
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN

@@ -103,10 +103,12 @@ def dying_under_large_bodies(seconds: float) -> list[Row]:
         body = file.getvalue().ljust(BODY_BYTES, b"\0")
         vector = encoder.encode_pixels(decode(body, encoder.checkpoint.pixels).pixels[None])
         shown.append(Picture(body, {made_by: vector}))
+    encoder.close()
     with serve(config({"Ingress": 2}), "tiny") as served, traffic(served.port, shown, CLIENTS) as seen:
         killed = kill_replicas(served, ["Ingress"], 10.0, seconds)
         time.sleep(3)
-    return [row_of("`kill -9` of a random Ingress every 10 s, bodies of 4 MiB, tiny", killed, seen)]
+    row = row_of("`kill -9` of a random Ingress every 10 s, bodies of 4 MiB, tiny", killed, seen)
+    return [replace(row, load=f"{CLIENTS} clients")]
 
 
 @contextmanager
@@ -210,7 +212,7 @@ def leaving_clients(count: int = 500) -> list[Row]:
     fault = f"{count} clients that leave, 16 uploads of a byte a second, 32 half-open connections, tiny"
     with serve(config({}), "tiny") as served:
         # The first time pools and buffers grow to what such clients need. What grew again the second time would be lost.
-        row_of(fault, count, _leaving(served, shown, count))
+        first = row_of(fault, count, _leaving(served, shown, count))
         before = memory(served.pid)
         seen = _leaving(served, shown, count)
         after = memory(served.pid)
@@ -221,7 +223,9 @@ def leaving_clients(count: int = 500) -> list[Row]:
         f"{row.outcome}; memory {sum(before.values()):.0f} MB after the first time, {grown:+.0f} MB after the second, of "
         f"which {most} {after[most] - before.get(most, 0):+.0f}"
     )
-    return [replace(row, load="4 clients, photographs", outcome=outcome, kept=row.kept and grown < GROWN_MB)]
+    return [
+        replace(row, load="4 clients, photographs", outcome=outcome, kept=first.kept and row.kept and grown < GROWN_MB)
+    ]
 
 
 def _leaving(served: Served, shown: Sequence[Picture], count: int) -> Seen:

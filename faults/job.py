@@ -51,6 +51,8 @@ def killed(count: int) -> Row:
                 while_writing = number % 3 == 0 and _until_writing(job, dest)
                 time.sleep(0 if while_writing else random.uniform(0, 2))
                 if job.kill(what):
+                    if what == "node" and "its Ray has died" not in job.last_line:
+                        seen["ends without a word"] += 1
                     seen[f"{what}{' while a file was written' if while_writing else ''}"] += 1
                     _say(
                         f"kill -9 {what}{' while a file was written' if while_writing else ''}; {len(parts(dest))} files"
@@ -63,6 +65,8 @@ def killed(count: int) -> Row:
             left += job.close()
         encoded = sum(map(int, log.read_text().split()))
     wrong = problems(dest, source)
+    if silent := seen["ends without a word"]:
+        wrong.append(f"{silent} ends without a word after a node was killed")
     if status != 3:
         wrong.append(f"status {status} instead of 3")
     if left:

@@ -133,7 +133,7 @@ def measure(seconds: float) -> list[Row]:
     rows = []
     for each in found:
         late = sum(took > DEADLINE_S for took in each.accepted)
-        kept = not each.others and not late and not each.without_advice
+        kept = not each.others and not late and not each.without_advice and _p99(each.refused) <= REFUSED_S
         kept = kept and (each.factor <= 1 or len(each.accepted) / seconds >= 0.9 * best)
         rows.append(Row(f"{each.factor:g} times the capacity", f"{each.rate:.0f} requests/s", 1, str(each), kept))
     return rows

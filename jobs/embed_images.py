@@ -43,7 +43,7 @@ def run(options: EmbedOptions, *, progress: bool = True) -> Summary:
 
     Raises SettingsError for what the command line got wrong, and CheckpointError, FingerprintMismatch or JobError
     for all else that stops it; then the same call goes on from where it stopped. Call it in the main thread, so that
-    Ctrl-C and SIGTERM stop it that way.
+    Ctrl-C and SIGTERM stop it that way. A Ray of its own that dies, dies with the whole process, after a line on stderr.
     """
     started = time.time()
     checkpoint = find_checkpoint(options.model)

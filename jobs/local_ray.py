@@ -14,11 +14,21 @@ from pathlib import Path
 from clipfleet.errors import JobError
 from clipfleet.threads import cores as own_cores
 from deployments.guardian import start_guardian
-from deployments.private_ray import ended_with_ray, init, make_folder, set_environment, start_ray, unreachable
+from deployments.private_ray import (
+    ended_with_ray,
+    init,
+    is_lost,
+    leave_at_once,
+    make_folder,
+    set_environment,
+    start_ray,
+    unreachable,
+)
 from jobs.destination import GO_ON
 
 _ROOT = str(Path(__file__).resolve().parents[1])
 PLACEMENT_S = 60
+_LOST = f"the job stopped: its Ray has died ({{}}). {GO_ON}"
 DECODE_CPUS = 0.5  # of one decode task, which runs its decoder on one core
 
 
@@ -77,9 +87,11 @@ def _own_ray() -> Iterator[None]:
         with _silent_core():
             # Where there is one core, encoder and decoders take turns on it.
             start_ray(folder, num_cpus=max(2, own_cores()))
-        with ended_with_ray(f"the job stopped: the {{}} of its Ray has died. {GO_ON}"):
+        with ended_with_ray(_LOST):
             yield
     finally:
+        if is_lost():
+            leave_at_once(JobError(_LOST.format("a part of it")))
         with suppress(Exception):
             import ray
 

@@ -92,8 +92,8 @@ def _record_finished(
             other = ledger.record(name, known, len(files), state)
             if other is not None:
                 raise JobError(
-                    f"DEST {str(claimed.folder)!r} holds id {name!r} twice, in {[*files, file][other]} and in {file}; remove one "
-                    "of these files and start again"
+                    f"DEST {str(claimed.folder)!r} holds id {name!r} twice, in {[*files, file][other]} and in {file}; "
+                    "remove one of these files and start again"
                 )
         files.append(file)
     return files, count

@@ -43,7 +43,10 @@ def test_what_one_encoder_needs_and_costs() -> None:
 
 def test_what_the_machine_should_serve() -> None:
     found = plan()
-    assert found.machine_rate == pytest.approx(16 / (0.02 + 16 / 400 + 4 / 38))  # cores by their seconds an image
+    assert found.encoders == 2 and found.machine_rate == 2 * 38
+    small = plan(cores=2, transport=50.0)
+    assert small.encoders == 1
+    assert small.machine_rate == pytest.approx(2 / (0.02 + 2 / 50 + 4 / 38)), "cores by their seconds an image"
     assert f"This machine (16 cores) should serve {found.machine_rate:.0f} images/s" in str(found)
     fast = replace(RATES, encode={64: 2000.0}, device="cuda")
     assert plan(rates=fast, gpus=1).machine_rate == pytest.approx(16 / (0.02 + 16 / 400)), "decoding is what ends first"

@@ -121,6 +121,8 @@ def test_contradictions_are_named(deployment: str, more: dict[str, Any], words: 
         ({"gpus_per_replica": 0}, "args.gpus_per_replica"),
         ({"cors_origins": ["shop.example"]}, "'shop.example' is no origin"),
         ({"cors_origins": ["https://shop.example/page"]}, "is no origin"),
+        ({"cors_origins": ["https://*.example"]}, "is no origin"),
+        ({"api_keys": ["two\nlines"]}, "printable ASCII"),
         ({"limits": {"image_bytes": -1}}, "args.limits.image_bytes"),
         ({"limits": {"image_formats": ["PNG", "SVG"]}}, "SVG"),
         ({"api_keys": [""]}, "args.api_keys"),
@@ -131,6 +133,12 @@ def test_wrong_args_are_named(args: dict[str, Any], word: str) -> None:
     with pytest.raises(SettingsError) as refused:
         service_settings({"model": "tiny", **args})
     assert word in refused.value.message
+
+
+def test_origins_are_written_as_browsers_write_them() -> None:
+    given = ["https://Shop.Example:443", "http://a:80", "http://a:443", "https://[::1]:8080", "*"]
+    found = service_settings({"model": "tiny", "cors_origins": given}).cors_origins
+    assert found == ("https://shop.example", "http://a", "http://a:443", "https://[::1]:8080", "*")
 
 
 def test_keys_come_from_file_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:

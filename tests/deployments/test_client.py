@@ -33,7 +33,7 @@ from clipfleet.errors import (
 from clipfleet.vectors import to_npy
 from tests.deployments.broken import BROKEN
 from tests.deployments.front import CUT, answer, front
-from tests.deployments.listener import listening
+from tests.deployments.listener import Listener, in_thread
 from tests.deployments.processes import until
 from tests.deployments.service import ROOT, Service
 from tests.library import Library
@@ -132,7 +132,7 @@ class TestErrors:
         with Client(f"{service.url}/elsewhere") as client, pytest.raises(RouteNotFound):
             client.embed_texts(["a"])
 
-    @pytest.mark.parametrize("key", ["", "two\nlines", "a key", "schlüssel"])
+    @pytest.mark.parametrize("key", ["", "two\nlines", "a key ", "schlüssel"])
     def test_a_key_that_no_header_can_hold(self, key: str) -> None:
         with pytest.raises(SettingsError, match="API key") as caught:
             Client("http://127.0.0.1:9", key)
@@ -187,13 +187,19 @@ class TestFaultsOnTheWay:
     def test_a_certificate_that_is_not_trusted(self) -> None:
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.load_cert_chain(ROOT / "tests" / "data" / "localhost.pem")
-        with listening() as listener:
-            listener.socket = context.wrap_socket(listener.socket, server_side=True)
+
+        class Encrypted(Listener):
+            def get_request(self) -> tuple[socket.socket, object]:
+                self.connections += 1
+                return context.wrap_socket(self.socket, server_side=True).accept()
+
+        with in_thread(Encrypted()) as listener:
             with (
                 Client(f"https://127.0.0.1:{listener.port}") as client,
                 pytest.raises(Unavailable, match="CERTIFICATE"),
             ):
                 client.embed_texts(["a"])
+            assert listener.connections == 1, "it would be the same the next time"
 
     def test_an_answer_in_an_encoding_that_is_none(self, service: Service) -> None:
         cut = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\nConnection: close\r\n\r\nab"

@@ -273,7 +273,8 @@ class TestBodies:
             ({"text": "a", "image": "b"}, ": an item is a string"),
             ({"text": "a", "<b>" * 30: 1}, "has an unknown field; an item is"),
             (3, "none of the accepted types"),
-            ({"text": 3}, ': an item is a string, {"text": "..."}'),
+            ({"text": 3}, "none of the accepted types"),
+            ({"image": None}, "none of the accepted types"),
         ],
         ids=str,
     )

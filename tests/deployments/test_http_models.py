@@ -55,10 +55,11 @@ def test_head_is_get_without_the_body(http: httpx.Client, path: str) -> None:
     assert answer.headers["content-type"] == http.get(path).headers["content-type"]
 
 
-@pytest.mark.parametrize("path", ["/-/routes", "/-/ROUTES", "/-clipfleet-previous/v1/models"])
+@pytest.mark.parametrize("path", ["/-/routes", "/-/ROUTES", "/-/%72outes", "/-clipfleet-previous/v1/models"])
 def test_what_serve_and_an_upgrade_use_is_not_public(http: httpx.Client, path: str) -> None:
     answer = http.get(path)
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "route_not_found")
+    assert answer.headers["cache-control"] == "no-cache", "HAProxy's own"
 
 
 def test_every_answer_carries_the_fingerprint(http: httpx.Client) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -168,6 +170,15 @@ def test_a_group_signal_stops_it_in_order(tmp_path: Path) -> None:
                 assert [answer.result() for answer in answers] == 6 * [200], "what was in flight is finished"
             assert command.wait(60) == 0 and command.err == ""
             assert known and not alive(known)
+
+
+def test_a_ray_that_does_not_stop_keeps_no_command_alive() -> None:
+    code = (
+        "import time, ray; from deployments import deploying; ray.shutdown = lambda: time.sleep(600); "
+        "deploying.DRAIN_S = deploying.STOP_S = 1; deploying.stop(())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (1, "clipfleet: Ray did not stop within 2 s; it was killed\n")
 
 
 def test_nothing_outlives_a_killed_command() -> None:

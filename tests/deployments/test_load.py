@@ -27,6 +27,12 @@ def test_items_and_failures_are_counted(service: Service, files: list[bytes]) ->
     assert "4 answered 422" in str(load) and load.first_failure
 
 
+def test_a_key_that_no_header_holds(service: Service) -> None:
+    with pytest.raises(SettingsError, match="API key") as refused:
+        run_load(service.url, [json_request(texts=["a"])], 1, api_key="a secret\r")
+    assert "secret" not in str(refused.value)
+
+
 def test_nobody_there_and_no_address() -> None:
     with pytest.raises(Unavailable, match="nobody listens at 127"):
         run_load("http://127.0.0.1:9", [], 1)

@@ -139,6 +139,19 @@ def test_a_dest_that_vanishes_stops_it_with_one_line(source: Path, tmp_path: Pat
     assert len(read(away)) >= 3
 
 
+def test_a_raylet_that_dies_stops_it_with_one_line(source: Path, tmp_path: Path) -> None:
+    with embedding(source, tmp_path) as command:
+        half_way(command, tmp_path)
+        (raylet,) = [process for process in of_folder(command.folder) if "/raylet/raylet" in process.title]
+        os.kill(raylet.pid, signal.SIGKILL)
+        assert command.wait(SECONDS) == 1
+        said = [line for line in command.err.splitlines() if not line.startswith("Embedding: ")]
+    assert said == [
+        "clipfleet: the job stopped: its Ray has died (raylet). What is finished is kept; the same command goes on from there"
+    ]
+    assert len(read(tmp_path)) < COUNT
+
+
 def test_two_jobs_on_one_dest(source: Path, tmp_path: Path) -> None:
     with embedding(source, tmp_path) as command:
         until(lambda: (tmp_path / ".clipfleet" / "lock").exists() or command.ended, SECONDS, "the first one's lock")
