@@ -6,12 +6,17 @@ Serve looks for it every 10 s and replaces the whole manager after three failure
 from __future__ import annotations
 
 import asyncio
+import time
+from pathlib import Path
 from typing import Any
 
 from loguru import logger
 
+from deployments import haproxy_wrapper
+
 _SETTLE_S = 0.05  # a process that Serve itself stopped is forgotten by then
 _RETRY_S = 1.0
+_SERVERS_S = 10.0  # for Serve to tell a new manager which replicas there are
 
 
 def install() -> None:
@@ -24,6 +29,11 @@ def install() -> None:
     start, reload = api.start, api._graceful_reload
 
     async def watched_start(self: Any) -> None:
+        if haproxy_wrapper.take_over(Path(self.config_file_path)):
+            # One that has outlived its manager serves on. The new one must not relieve it before it knows where to send.
+            end = time.monotonic() + _SERVERS_S
+            while not self.cfg.has_received_servers and time.monotonic() < end:
+                await asyncio.sleep(_SETTLE_S)
         await start(self)
         self._revival_lock = asyncio.Lock()  # a reload and a revival would each start a process
         self._revival = asyncio.create_task(_revive(self))
