@@ -88,10 +88,8 @@ class Admission:
     def hold_items(self, images: int, texts: int, seconds: float, key: str | None = None) -> Iterator[None]:
         """Hold a request's items for as long as they are worked on; it has `seconds` left, and came with the API key of that
         name. Raises Overloaded."""
-        wanted = [(what, count) for what, count in (("images", images), ("texts", texts)) if count]
-        self._check_key(key, images + texts)
-        for what, count in wanted:
-            self._check(what, count, seconds)
+        wanted = _wanted(images, texts)
+        self.check_items(images, texts, seconds, key)
         if key is not None:
             self._by_key[key] += images + texts
         for what, count in wanted:
@@ -105,6 +103,12 @@ class Admission:
                 self.lanes[what].change(-count, finished=count if done else 0)
             if key is not None:
                 self._by_key[key] -= images + texts
+
+    def check_items(self, images: int, texts: int, seconds: float, key: str | None = None) -> None:
+        """Raise Overloaded where hold_items would: for a request of at least so many items, before its body is read."""
+        self._check_key(key, images + texts)
+        for what, count in _wanted(images, texts):
+            self._check(what, count, seconds)
 
     def _check_key(self, key: str | None, count: int) -> None:
         most = self._limits.inflight_items_per_key
@@ -130,3 +134,7 @@ class Admission:
                 f"and the request has {seconds:.0f} s left",
                 retry_after=needed - seconds,
             )
+
+
+def _wanted(images: int, texts: int) -> list[tuple[str, int]]:
+    return [(what, count) for what, count in (("images", images), ("texts", texts)) if count]

@@ -154,6 +154,7 @@ class Ingress:
         if dtype == "float16" and encoding_format == "float" and not npy:
             raise InvalidRequest("dtype float16 needs encoding_format base64 or .npy", param="dtype")
         self._check_model(model)
+        self._admission.check_items(1, 0, seconds_left(deadline), _key(request))
         with ExitStack() as held:
             body = Body(request, self._limits, self._admission, held)
             kind = request.headers.get("content-type", "").lower()
