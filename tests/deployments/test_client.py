@@ -191,7 +191,8 @@ class TestFaultsOnTheWay:
         class Encrypted(Listener):
             def get_request(self) -> tuple[socket.socket, object]:
                 self.connections += 1
-                return context.wrap_socket(self.socket, server_side=True).accept()
+                connection, address = super().get_request()
+                return context.wrap_socket(connection, server_side=True), address
 
         with in_thread(Encrypted()) as listener:
             with (
@@ -204,7 +205,7 @@ class TestFaultsOnTheWay:
     def test_an_answer_in_an_encoding_that_is_none(self, service: Service) -> None:
         cut = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\nConnection: close\r\n\r\nab"
         with front(service.port, cut) as way, Client(way.url) as client:
-            with pytest.raises(Unavailable, match="DecodingError"):
+            with pytest.raises(Unavailable, match="does not decode"):
                 client.embed_texts(["a"])
             assert way.connections == 1
 

@@ -11,7 +11,7 @@ from deployments.haproxy_wrapper import BUFFER_BYTES, edit, edit_file, with_buff
 SERVER = "    server SERVE_REPLICA_clipfleet-Ingress-{} 127.0.0.1:{} check observe layer4\n"
 
 
-@pytest.mark.parametrize(("replicas", "kept"), [(0, 2**20), (1, 2**20), (2, 4 * 2**20), (3, 4 * 2**20)])
+@pytest.mark.parametrize(("replicas", "kept"), [(0, 2**20), (1, 2**20), (2, BUFFER_BYTES), (3, BUFFER_BYTES)])
 def test_the_buffer_by_the_number_of_ingress_replicas(replicas: int, kept: int, tmp_path: Path) -> None:
     generated = f"global\n    tune.bufsize {BUFFER_BYTES}\nbackend http-clipfleet\n"
     generated += "".join(SERVER.format(number, 20000 + number) for number in range(replicas))
