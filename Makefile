@@ -59,7 +59,7 @@ chaos: setup
 	@status=0; for kind in chaos upgrades nodes job overload; do $(BIN)/python -m faults $$kind $(ARGS) || status=1; done; exit $$status
 
 plot: setup
-	@$(PIP_INSTALL) matplotlib
+	@$(PIP_INSTALL) matplotlib==3.11.2
 	@$(BIN)/python -m faults.plot build/overload.json docs/overload.svg
 
 fuzz: setup
