@@ -102,6 +102,7 @@ def prepare_environment(host: str, port: int, block: int, folder: Path, certific
         "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(256 * 2**20),
         "RAY_worker_niceness": "0",  # Ray runs replicas at 15, behind whatever else wants the processor: 11.5 -> 14.5 images/s
         "RAY_metrics_report_interval_ms": "2000",  # metrics reach the metrics port every 2 s, not every 10 s
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",  # after 5 s Serve kills a proxy that a busy machine has not started yet
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # HAProxy follows in under 1 s; 30 s would hold up every stop
         # Ports of this instance's ingress replicas and of Serve's own proxy, apart from any other instance's.
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(block + 3),
