@@ -80,7 +80,7 @@ class Client:
         size: Callable[[T], int],
         send: Callable[[Sequence[T]], _Vectors],
     ) -> np.ndarray:
-        if isinstance(items, (str, bytes)):  # which are iterable too
+        if isinstance(items, (str, bytes, Path)):  # of which the first two are iterable too
             raise TypeError(f"embed_{what} takes a list of {what}, not {type(items).__name__}")
         found = [vectors for first, part in _parts(list(items), most, size) for vectors in _send(part, first, send)]
         if not found:

@@ -136,5 +136,11 @@ def _misnamed(problems: Sequence[Any]) -> str | None:
         return None
     nowhere = set.intersection(*unknown.values())
     shown = next((name for name in sorted(nowhere) if _NAME.fullmatch(name)), None)
-    named = f"has the unknown field {shown!r}; " if shown else "has an unknown field; " if nowhere else ""
-    return f'{named}an item is a string, {{"text": "..."}} or {{"image": "..."}}, with no other field'
+    named = (
+        f"has the unknown field {shown!r}"
+        if shown
+        else "has an unknown field"
+        if nowhere
+        else "has a text and an image"
+    )
+    return f'{named}; an item is a string, {{"text": "..."}} or {{"image": "..."}}, with no other field'

@@ -95,9 +95,10 @@ def _upgrade(service: Service, read: Callable[[], dict[str, Any]], say: Callable
     say("clipfleet: reading the config file again")
     try:
         config = read()
-        service.deployed.upgrade(
-            config, lambda prefix: _is_ready(service, prefix)[0], same=_same_checkpoint(service, config)
-        )
+        same = _same_checkpoint(service, config)
+        in_place = service.deployed.changes_in_place(config, same=same)
+        say(f"clipfleet: {'changing what runs' if in_place else 'starting a new graph beside the one that runs'}")
+        service.deployed.upgrade(config, lambda prefix: _is_ready(service, prefix)[0], same=same)
     except ClipfleetError as error:
         say(f"clipfleet: nothing was changed: {error.message}", err=True)
     except Exception as error:  # of Ray or the network: no reason to stop what works

@@ -42,13 +42,16 @@ class Deployed:
         """The applications that may have requests."""
         return [name for name in (self.name, self.other) if name]
 
+    def changes_in_place(self, config: dict[str, Any], *, same: bool) -> bool:
+        """Whether running replicas can take over `config`; `same` says that the checkpoint's files are those that they have."""
+        return same and _heavy(_with_logging(config, self.config)) == _heavy(self.config)
+
     def upgrade(self, config: dict[str, Any], is_ready: Callable[[str], bool], *, same: bool) -> None:
         """Put `config` in place of what runs; `same` says that the checkpoint's files are. `is_ready` asks the application
         at a route prefix. Raises SettingsError or SetupError; then what ran goes on."""
-        if "logging_config" in self.config:
-            config = {**config, "logging_config": self.config["logging_config"]}
+        config = _with_logging(config, self.config)
         schema = schema_of(_with_application(config, name=self.name))
-        if same and _heavy(config) == _heavy(self.config):
+        if self.changes_in_place(config, same=same):
             try:
                 deploy(self.client, schema)
                 wait_until_running(self.client, self.name)
@@ -122,6 +125,11 @@ def _wait(condition: Callable[[], bool], seconds: float, otherwise: str) -> None
         if time.monotonic() > end:
             raise SetupError(f"{otherwise} in {seconds:.0f} s")
         time.sleep(0.5)
+
+
+def _with_logging(config: dict[str, Any], running: dict[str, Any]) -> dict[str, Any]:
+    """`config`, which keeps how the running one logs."""
+    return {**config, "logging_config": running["logging_config"]} if "logging_config" in running else config
 
 
 def _application(config: dict[str, Any]) -> dict[str, Any]:

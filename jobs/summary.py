@@ -45,10 +45,11 @@ class Summary:
         gone = f", {self.gone} gone" if self.gone else ""
         lines = [f"{self.rows} rows: {self.embedded} embedded, {self.failed} failed{gone}"]
         lines += [f"  {number} {code}" for code, number in self.errors.items()]
+        if self.failed:
+            lines.append("the rows whose `error` is not null name what failed; --retry-errors does those again")
         if self.images_per_second:
-            lines.append(
-                f"{self.images_per_second:.1f} images/s over {self.seconds:.1f} s, {self.startup_seconds:.1f} s of it to start"
-            )
+            times = f"after {self.startup_seconds:.1f} s to start, {self.seconds:.1f} s in all"
+            lines.append(f"{self.images_per_second:.1f} images/s {times}")
         else:
             lines.append("nothing to do: every input was finished before")
         if "," in self.precision + self.engine + self.jpegs:

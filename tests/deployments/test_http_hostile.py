@@ -270,7 +270,7 @@ class TestBodies:
         [
             ({"text": "a", "detail": "low"}, "has the unknown field 'detail'; an item is"),
             ({"img": "a"}, "has the unknown field 'img'; an item is"),
-            ({"text": "a", "image": "b"}, ": an item is a string"),
+            ({"text": "a", "image": "b"}, "has a text and an image; an item is a string"),
             ({"text": "a", "<b>" * 30: 1}, "has an unknown field; an item is"),
             (3, "none of the accepted types"),
             ({"text": 3}, "none of the accepted types"),

@@ -115,6 +115,7 @@ def test_another_checkpoint_fails_no_request(
         change("applications: {}", refused=True)
         assert set(told) == {names["tiny"]}
         change(yaml.safe_dump(config))
+        assert "clipfleet: starting a new graph beside the one that runs" in other_service.command.out
         until(lambda: names[str(other)] in told, 30, "answers of the other checkpoint")
         change(before)
         so_far = sum(told.values())

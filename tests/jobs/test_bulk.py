@@ -136,6 +136,7 @@ def test_a_second_start_embeds_nothing_and_says_so(bulk: Bulk) -> None:
     before = state(bulk.dest)
     again = embed(bulk.source, bulk.dest)
     assert again.status == 3 and "nothing to do: every input was finished before" in again.out and again.err == ""
+    assert "--retry-errors does those again" in again.out
     assert state(bulk.dest) == before
     assert summary(bulk.dest)["skipped"] == COUNT
 
