@@ -21,7 +21,7 @@ help:
 	@echo 'make test    set up, then run every test'
 	@echo 'make check   set up, then lint, formatting and types'
 	@echo 'make bench   set up, then measure against the alternatives (40 minutes; ARGS=library for a part)'
-	@echo 'make chaos   set up, then kill, hang, upgrade and overload what is served, and kill the job (an hour and a half)'
+	@echo 'make chaos   set up, then kill, hang, upgrade and overload what is served, and kill the job (40 minutes)'
 	@echo 'make plot    draw what make chaos measured of overload: docs/overload.svg'
 	@echo 'make fuzz    set up, then send damaged files and odd requests (ARGS="--seed 7")'
 	@echo 'make soak    set up, then half an hour of mixed load: nothing may grow'

@@ -71,11 +71,10 @@ class ClipfleetError(Exception):
         return _rebuild(type(self), self.message, index, self.data)
 
 
-def kinds(root: type[ClipfleetError] | None = None) -> Iterator[type[ClipfleetError]]:
-    """A class of this module and all below it, by default the whole tree."""
-    kind = root or ClipfleetError
-    yield kind
-    for child in kind.__subclasses__():
+def kinds(root: type[ClipfleetError] = ClipfleetError) -> Iterator[type[ClipfleetError]]:
+    """A class of this module and all below it."""
+    yield root
+    for child in root.__subclasses__():
         if child.__module__ == __name__:  # not the service's own, whose codes are those of their parents
             yield from kinds(child)
 

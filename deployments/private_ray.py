@@ -140,16 +140,16 @@ def is_lost() -> bool:
 
 
 @contextmanager
-def ended_with_ray(message: str, every_s: float = 1.0) -> Iterator[None]:
+def ended_with_ray(message: str) -> Iterator[None]:
     """End this process with `message` and status 1 when a part of our Ray dies in the block. Ray itself would do so after 15 s
-    or a minute, and as often as not without a word."""
+    or a minute, and as often as not without a word. `message` has a place {} for what died."""
     import ray._private.worker
 
     node: Any = ray._private.worker._global_node
     over = threading.Event()
 
     def watch() -> None:
-        while not over.wait(every_s):
+        while not over.wait(1.0):
             if (dead := node.dead_processes()) and not over.is_set():
                 leave_at_once(SetupError(message.format(" and ".join(sorted({name for name, _ in dead})))))
 
