@@ -18,7 +18,7 @@ from clipfleet.decode_process import DecodeProcess
 from clipfleet.errors import ClipfleetError, DeadlineExceeded, ImageCrashedDecoder, ImageError
 from clipfleet.images import ImageLimits, decoding_bytes, open_image, to_picture
 from clipfleet.settings import ServiceSettings
-from deployments import collector
+from deployments import memory
 from deployments.own_config import check_own_scaling
 
 Pixels = np.ndarray | ClipfleetError  # one image's outcome: (H, W, 3) uint8, or what was wrong
@@ -69,7 +69,7 @@ class DecoderReplica:
         self._budget = MemoryBudget(settings.limits.decoding_bytes)
         self._threads = ThreadPoolExecutor(threads.of_decoder(), "decode", threads.give_way)
         self._apart = ThreadPoolExecutor(2, "decode-apart", threads.give_way)  # each with a process
-        collector.rarely()
+        memory.collect_rarely()
 
     async def decode(self, images: Sequence[bytes], deadline: float) -> list[Pixels]:
         """Decode each image to the checkpoint's pixels: one array or error an image, in order.

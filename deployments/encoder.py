@@ -15,7 +15,7 @@ from clipfleet import threads
 from clipfleet.checkpoint import find_checkpoint
 from clipfleet.fingerprint import fingerprint
 from clipfleet.settings import BatchSettings, ServiceSettings, parse
-from deployments import collector
+from deployments import memory
 from deployments.batching import Batcher
 from deployments.imports import encoder_class
 from deployments.own_config import own_batching
@@ -49,6 +49,7 @@ class EncoderReplica:
 
     def __init__(self, tower: Tower, settings: ServiceSettings) -> None:
         batch = own_batching()  # before weights are loaded: a refusal should be quick
+        memory.return_large_blocks()
         own_threads = threads.of_encoder(settings.cpus_per_replica, settings.threads_per_replica)
         self._tower = tower
         self._settings = settings
@@ -65,7 +66,7 @@ class EncoderReplica:
         self._fingerprint = fingerprint(checkpoint, exif_orientation=settings.exif_orientation)
         self._forward(self._probe_items())  # the first pass is the slow one
         self._batcher = Batcher(self._forward, batch, self._observe, settings.limits.forward_s)
-        collector.rarely()
+        memory.collect_rarely()
 
         tags = {"tag_keys": ("tower",)}
         self._batch_size = Histogram("clipfleet_batch_size", "Items in a batch.", _BATCH_SIZES, **tags)

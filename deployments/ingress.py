@@ -30,7 +30,7 @@ from clipfleet.errors import (
 from clipfleet.keys import KeyRing
 from clipfleet.settings import ServiceSettings
 from clipfleet.vectors import DType, rank, to_base64, to_npy
-from deployments import collector, prefixes, schemas
+from deployments import memory, prefixes, schemas
 from deployments.admission import Admission
 from deployments.answers import ITEMS, KEYED, OPEN, answers
 from deployments.bodies import Body, parse_json
@@ -61,6 +61,7 @@ class Ingress:
         text_encoder: DeploymentHandle,
     ) -> None:
         check_own_scaling()
+        memory.return_large_blocks()
         prefixes.accept_any()
         self._settings = settings
         self._limits = settings.limits
@@ -77,7 +78,7 @@ class Ingress:
         if self._urls:
             self._fetcher = Fetcher(self._settings.image_urls, self._limits.image_bytes)
         self._health = Health(self._handles)
-        collector.rarely()
+        memory.collect_rarely()
         keys = KeyRing(self._settings.api_keys, self._settings.api_keys_file)
         self._gate = Gate(self._routes(asks_keys=keys.asks), keys=keys, fingerprint=self._fingerprint)
         return with_cors(self._gate, self._settings.cors_origins, (FINGERPRINT_HEADER, ERRORS_HEADER))
