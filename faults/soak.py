@@ -51,7 +51,11 @@ def measure(seconds: float, seed: int) -> list[Row]:
     bad = {what: count for what, count in seen.items() if what.startswith(("5", "error"))}
     answered = ", ".join(f"{what} {count}" for what, count in seen.most_common())
     rows = [Row(f"mixed load for {seconds / 60:.0f} minutes", f"{CLIENTS} clients", 1, answered, alive and not bad)]
-    for what, unit, most in (("memory", "MB", SLOPE_MB_H), ("descriptors", "", SLOPE_NUMBER), ("threads", "", SLOPE_NUMBER)):
+    for what, unit, most in (
+        ("memory", "MB", SLOPE_MB_H),
+        ("descriptors", "", SLOPE_NUMBER),
+        ("threads", "", SLOPE_NUMBER),
+    ):
         rows.append(_trend(samples, what, unit, most))
     return rows
 

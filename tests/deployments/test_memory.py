@@ -32,7 +32,9 @@ print(resident() - before)
 
 def _held(first: str) -> float:
     root = Path(__file__).parents[2]
-    return float(subprocess.run([sys.executable, "-c", first + _CHURN], cwd=root, capture_output=True, check=True).stdout)
+    return float(
+        subprocess.run([sys.executable, "-c", first + _CHURN], cwd=root, capture_output=True, check=True).stdout
+    )
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has this limit")
