@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from scripts.draw_shapes import draw
 from tests.checkpoints import make_clip, make_siglip
 from tests.library import Library
 from tests.pictures import encode
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -52,6 +56,14 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "siglip": make_siglip(folder / "siglip"),
         "siglip2": make_siglip(folder / "siglip2", tokenizer="gemma", image_size=64, patch_size=16, style="nested"),
     }
+
+
+@pytest.fixture(scope="session")
+def vit_b_32(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of full size, with random weights."""
+    folder = tmp_path_factory.mktemp("full-size") / "random-clip"
+    subprocess.run([sys.executable, SCRIPTS / "make_random_clip.py", folder, "--seed", "3"], check=True, timeout=300)
+    return folder
 
 
 @pytest.fixture

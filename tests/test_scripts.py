@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from clipfleet.encoder import Encoder
@@ -45,26 +44,19 @@ def test_drawing_follows_its_seed(tmp_path: Path) -> None:
     assert one == again != other
 
 
-@pytest.fixture(scope="module")
-def random_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("random") / "vit-b-32"
-    run("make_random_clip.py", folder, "--seed", 3)
-    return folder
-
-
-def test_the_random_checkpoint_has_openais_numbers(random_clip: Path) -> None:
-    config = json.loads((random_clip / "config.json").read_text())
+def test_the_random_checkpoint_has_openais_numbers(vit_b_32: Path) -> None:
+    config = json.loads((vit_b_32 / "config.json").read_text())
     text, vision = config["text_config"], config["vision_config"]
     layers = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
     assert [text[name] for name in layers] == [512, 2048, 8, 12]
     assert [vision[name] for name in layers] == [768, 3072, 12, 12]
     assert (text["vocab_size"], text["max_position_embeddings"]) == (49408, 77)
     assert (vision["image_size"], vision["patch_size"], config["projection_dim"]) == (224, 32, 512)
-    assert 600_000_000 < (random_clip / "model.safetensors").stat().st_size < 610_000_000
+    assert 600_000_000 < (vit_b_32 / "model.safetensors").stat().st_size < 610_000_000
 
 
-def test_the_random_checkpoint_tells_pictures_and_texts_apart(random_clip: Path, pictures: list[Image.Image]) -> None:
-    encoder = Encoder(str(random_clip), "cpu")
+def test_the_random_checkpoint_tells_pictures_and_texts_apart(vit_b_32: Path, pictures: list[Image.Image]) -> None:
+    encoder = Encoder(str(vit_b_32), "cpu")
     pixels = np.stack([decode(picture, encoder.checkpoint.pixels).pixels for picture in pictures])
     for vectors in (encoder.encode_pixels(pixels), encoder.encode_texts(list(LABELS[:12])).vectors):
         differences = np.abs(vectors[:, None] - vectors[None]).max(2)[~np.eye(12, dtype=bool)]

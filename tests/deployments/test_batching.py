@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import random
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
@@ -29,15 +27,7 @@ CLIENTS = 16
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A ViT-B/32 of full size with random weights."""
-    folder = tmp_path_factory.mktemp("full-size") / "random-clip"
-    subprocess.run([sys.executable, ROOT / "scripts" / "make_random_clip.py", folder], check=True, timeout=300)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def full_size(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def full_size(vit_b_32: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     config = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
     config["applications"][0]["args"].pop("threads_per_replica")
     for deployment in config["applications"][0]["deployments"]:
@@ -45,7 +35,7 @@ def full_size(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
             deployment["user_config"] = {"max_batch_size": LARGEST}
     file = tmp_path_factory.mktemp("config") / "full-size.yaml"
     file.write_text(yaml.safe_dump(config))
-    with serving(file, "--model", checkpoint) as service:
+    with serving(file, "--model", vit_b_32) as service:
         yield service
 
 
@@ -122,9 +112,9 @@ def test_one_requests_images_share_batches(full_size: Service) -> None:
     assert recorded.gained(16)["batches"] < 8
 
 
-def test_photographs_agree_with_transformers(full_size: Service, checkpoint: Path) -> None:
-    model = CLIPModel.from_pretrained(checkpoint).eval()
-    processor = CLIPImageProcessorPil.from_pretrained(checkpoint)
+def test_photographs_agree_with_transformers(full_size: Service, vit_b_32: Path) -> None:
+    model = CLIPModel.from_pretrained(vit_b_32).eval()
+    processor = CLIPImageProcessorPil.from_pretrained(vit_b_32)
     for name in ("astronaut", "chelsea", "coffee", "rocket"):
         photograph = Image.fromarray(getattr(photographs, name)())
         with torch.inference_mode():

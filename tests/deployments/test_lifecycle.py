@@ -181,18 +181,6 @@ def test_a_ray_that_does_not_stop_keeps_no_command_alive() -> None:
     assert (done.returncode, done.stderr) == (1, "clipfleet: Ray did not stop within 2 s; it was killed\n")
 
 
-def test_nothing_outlives_a_killed_command() -> None:
-    with private_folder() as folder:
-        port, metrics_port = free_ports(2)
-        ports = ("--port", str(port), "--metrics-port", str(metrics_port))
-        with running(BIN / "clipfleet", "serve", "demo", *ports, folder=folder) as command:
-            command.wait_for("clipfleet ready: ")
-            assert len(of_folder(folder)) > 5
-            command.send(signal.SIGKILL)
-            until(lambda: not of_folder(folder), 30, "an end of all its processes")
-            until(lambda: not any(path for path in folder.rglob("*") if path.is_file()), 30, "an end of all its files")
-
-
 @pytest.mark.parametrize("process", ["gcs_server", "ServeController"])
 def test_sigterm_during_the_start(process: str) -> None:
     with private_folder() as folder:

@@ -10,13 +10,13 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.deployments.processes import private_folder
-from tests.deployments.service import BIN, ROOT, STOP_S, free_ports, running
+from tests.deployments.processes import of_folder, private_folder, until
+from tests.deployments.service import BIN, ROOT, free_ports, running
 
 CERTIFICATE = ROOT / "tests" / "data" / "localhost.pem"  # its own issuer, for localhost and 127.0.0.1
 
 
-def test_https_on_a_public_address(tmp_path: Path) -> None:
+def test_https_on_a_public_address_until_the_command_is_killed(tmp_path: Path) -> None:
     port, metrics_port = free_ports(2)
     file = tmp_path / "my certificate.pem"
     file.write_bytes(CERTIFICATE.read_bytes())
@@ -33,8 +33,10 @@ def test_https_on_a_public_address(tmp_path: Path) -> None:
             assert np.linalg.norm(answer.json()["data"][0]["embedding"]) == pytest.approx(1, abs=1e-5)
         with pytest.raises(httpx.HTTPError):
             httpx.get(f"http://127.0.0.1:{port}/healthz", trust_env=False, timeout=10).raise_for_status()
-        command.send(signal.SIGTERM)
-        assert command.wait(STOP_S) == 0, command.err
+        assert len(of_folder(folder)) > 5
+        command.send(signal.SIGKILL)
+        until(lambda: not of_folder(folder), 30, "an end of all its processes")
+        until(lambda: not any(path for path in folder.rglob("*") if path.is_file()), 30, "an end of all its files")
 
 
 @pytest.mark.parametrize("content", [None, "no certificate"])

@@ -6,7 +6,8 @@ import os
 import random
 import shutil
 import signal
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -18,8 +19,9 @@ from tests.deployments.service import Command
 from tests.jobs.job import embed, embedding, errors, read, summary
 from tests.pictures import encode
 
-COUNT = 1200
+COUNT = 1500
 SECONDS = 120  # only guards against a hang
+GOES_ON = "What is finished is kept; the same command goes on from there"
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +39,20 @@ def parts(dest: Path) -> dict[str, int]:
     return {part.name: part.stat().st_mtime_ns for part in dest.glob("part-*.parquet")}
 
 
-def half_way(command: Command, dest: Path) -> None:
-    until(lambda: command.ended or len(parts(dest)) >= 3, SECONDS, "three files of a running job")
-    assert not command.ended and len(read(dest)) < COUNT, command.err
+@contextmanager
+def half_way(source: Path, dest: Path) -> Iterator[Command]:
+    """A job that has written another file since it began, and has not finished."""
+    before = parts(dest)
+    with embedding(source, dest) as command:
+        until(lambda: command.ended or len(parts(dest)) > len(before), SECONDS, "a file of a running job")
+        assert not command.ended and len(read(dest)) < COUNT, command.err
+        yield command
+    assert parts(dest).items() >= before.items(), "what was finished is untouched"
+
+
+def said(command: Command) -> list[str]:
+    assert "Traceback" not in command.err
+    return [line for line in command.err.splitlines() if not line.startswith("Embedding: ")]
 
 
 def kill_all(folder: Path) -> list[Process]:
@@ -51,60 +64,49 @@ def kill_all(folder: Path) -> list[Process]:
     return found
 
 
-def finish(source: Path, dest: Path) -> None:
-    """Start again, and find every id once and what was finished untouched."""
-    before = parts(dest)
-    done = embed(source, dest)
-    assert done.status == 0, done.err
-    assert sorted(read(dest).column("id").to_pylist()) == sorted(file.name for file in source.iterdir())
-    assert errors(read(dest)) == {}
-    assert parts(dest).items() >= before.items()
-    assert summary(dest)["skipped"] >= 256 and summary(dest)["rows"] == COUNT
+def test_stopped_and_killed_in_every_way_and_finished(source: Path, tmp_path: Path) -> None:
+    """One job, gone on with by the same command each time."""
+    with half_way(source, tmp_path) as command:
+        before = len(parts(tmp_path))
+        command.send(signal.SIGINT)
+        assert command.wait(SECONDS) == 1
+        rows = len(read(tmp_path))
+        assert said(command) == [
+            "clipfleet: stopping: finishing what is in flight, 30 s at most",
+            f"clipfleet: stopped: {rows} of {COUNT} images are done. {GOES_ON}",
+        ]
+    assert len(parts(tmp_path)) > before and rows < COUNT
+    assert list((tmp_path / ".clipfleet").glob("run-*")) == []
+    sizes = [pq.ParquetFile(part).metadata.num_rows for part in tmp_path.glob("part-*")]
+    assert any(size < max(sizes) for size in sizes), "a file that was half decoded is written with what it had"
 
+    with half_way(source, tmp_path) as command:
+        (raylet,) = [process for process in of_folder(command.folder) if "/raylet/raylet" in process.title]
+        os.kill(raylet.pid, signal.SIGKILL)
+        assert command.wait(SECONDS) == 1
+        assert said(command) == [f"clipfleet: the job stopped: its Ray has died (raylet). {GOES_ON}"]
 
-def test_all_processes_killed_at_once(source: Path, tmp_path: Path) -> None:
-    with embedding(source, tmp_path) as command:
-        half_way(command, tmp_path)
+    with half_way(source, tmp_path) as command:
         until(lambda: not kill_all(command.folder), SECONDS, "an end of all its processes")
         command.wait(SECONDS)
         for left in command.folder.iterdir():  # its guardian, killed as well, would have done it
             shutil.rmtree(left, ignore_errors=True)
     assert not (tmp_path / "_clipfleet.json").exists()
-    finish(source, tmp_path)
 
-
-def test_the_command_killed_and_started_again_at_once(source: Path, tmp_path: Path) -> None:
-    with embedding(source, tmp_path) as command:
-        half_way(command, tmp_path)
+    with half_way(source, tmp_path) as command:
         command.send(signal.SIGKILL)
-        finish(source, tmp_path)  # while workers of the first may live on
+        before = parts(tmp_path)
+        done = embed(source, tmp_path)  # while workers of the first may live on
         until(lambda: not of_folder(command.folder), 30, "an end of the first one's processes")
-
-
-def test_ctrl_c_finishes_what_is_in_flight(source: Path, tmp_path: Path) -> None:
-    with embedding(source, tmp_path) as command:
-        half_way(command, tmp_path)
-        before = len(parts(tmp_path))
-        command.send(signal.SIGINT)
-        assert command.wait(SECONDS) == 1
-        assert "clipfleet: stopping: finishing what is in flight, 30 s at most" in command.err
-        stopped = command.err.splitlines()[-1]
-        rows = len(read(tmp_path))
-        assert stopped == (
-            f"clipfleet: stopped: {rows} of {COUNT} images are done. "
-            "What is finished is kept; the same command goes on from there"
-        )
-        assert "Traceback" not in command.err
-    assert len(parts(tmp_path)) > before and rows < COUNT
-    assert list((tmp_path / ".clipfleet").glob("run-*")) == []
-    sizes = [pq.ParquetFile(part).metadata.num_rows for part in tmp_path.glob("part-*")]
-    assert any(size < max(sizes) for size in sizes), "a file that was half decoded is written with what it had"
-    finish(source, tmp_path)
+    assert done.status == 0, done.err
+    assert sorted(read(tmp_path).column("id").to_pylist()) == sorted(file.name for file in source.iterdir())
+    assert errors(read(tmp_path)) == {}
+    assert parts(tmp_path).items() >= before.items() and before
+    assert summary(tmp_path)["rows"] == COUNT and 0 < rows < summary(tmp_path)["skipped"] < COUNT
 
 
 def test_a_second_signal_stops_it_at_once(source: Path, tmp_path: Path) -> None:
-    with embedding(source, tmp_path) as command:
-        half_way(command, tmp_path)
+    with half_way(source, tmp_path) as command:
         encoders = [process for process in of_folder(command.folder) if "EncodeActor" in process.title]
         for process in encoders:  # so that what is in flight stays there
             os.kill(process.pid, signal.SIGSTOP)
@@ -113,12 +115,11 @@ def test_a_second_signal_stops_it_at_once(source: Path, tmp_path: Path) -> None:
         assert not command.ended
         command.send(signal.SIGTERM)
         assert command.wait(SECONDS) == 1
-        assert f" of {COUNT} images are done. What is finished is kept" in command.err.splitlines()[-1]
+        assert said(command)[-1].endswith(f" of {COUNT} images are done. {GOES_ON}")
 
 
 def test_killed_workers_are_replaced(source: Path, tmp_path: Path) -> None:
-    with embedding(source, tmp_path) as command:
-        half_way(command, tmp_path)
+    with half_way(source, tmp_path) as command:
         workers = [process for process in of_folder(command.folder) if process.title.startswith("ray::")]
         for wanted in ("ray::MapBatches", "ray::MapWorker", "ray::_MapWorker"):
             for process in [worker for worker in workers if worker.title.startswith(wanted)][:1]:
@@ -130,26 +131,13 @@ def test_killed_workers_are_replaced(source: Path, tmp_path: Path) -> None:
 def test_a_dest_that_vanishes_stops_it_with_one_line(source: Path, tmp_path: Path) -> None:
     """An error of an encoder or a decode task, as it comes through Ray."""
     dest, away = tmp_path / "dest", tmp_path / "away"
-    with embedding(source, dest) as command:
-        half_way(command, dest)
+    with half_way(source, dest) as command:
         dest.rename(away)
         assert command.wait(SECONDS) == 1
-        said = [line for line in command.err.splitlines() if not line.startswith("Embedding: ")]
-    assert said == [f"clipfleet: DEST {str(dest)!r} has vanished while the job ran. Bring it back, or start anew"]
-    assert len(read(away)) >= 3
-
-
-def test_a_raylet_that_dies_stops_it_with_one_line(source: Path, tmp_path: Path) -> None:
-    with embedding(source, tmp_path) as command:
-        half_way(command, tmp_path)
-        (raylet,) = [process for process in of_folder(command.folder) if "/raylet/raylet" in process.title]
-        os.kill(raylet.pid, signal.SIGKILL)
-        assert command.wait(SECONDS) == 1
-        said = [line for line in command.err.splitlines() if not line.startswith("Embedding: ")]
-    assert said == [
-        "clipfleet: the job stopped: its Ray has died (raylet). What is finished is kept; the same command goes on from there"
-    ]
-    assert len(read(tmp_path)) < COUNT
+        assert said(command) == [
+            f"clipfleet: DEST {str(dest)!r} has vanished while the job ran. Bring it back, or start anew"
+        ]
+        away.rename(dest)
 
 
 def test_two_jobs_on_one_dest(source: Path, tmp_path: Path) -> None:
