@@ -1,4 +1,4 @@
-"""Which models there are: those of a running service, or the checkpoints on this machine."""
+"""The checkpoints on this machine."""
 
 from __future__ import annotations
 
@@ -7,24 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from clipfleet.checkpoint import EMBEDDED, MODEL_TYPES
-from clipfleet.errors import Unavailable
-
-
-def served_models(url: str, api_key: str | None = None) -> list[dict[str, Any]]:
-    """What `/v1/models` of the service at `url` lists. Raises Unavailable, or SettingsError for no address."""
-    import httpx
-
-    from clipfleet.connection import connect
-
-    try:
-        with connect(url, api_key) as http:
-            answer = http.get("/v1/models")
-        answer.raise_for_status()
-        return answer.json()["data"]
-    except httpx.HTTPStatusError as error:
-        raise Unavailable(f"{url} answered {error.response.status_code}: {error.response.text[:500]}") from error
-    except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-        raise Unavailable(f"no clipfleet service at {url}: {error}") from error
 
 
 def offline_models() -> Iterator[dict[str, Any]]:

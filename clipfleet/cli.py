@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -214,10 +214,19 @@ def models(
 ) -> None:
     """List a service's models, or the checkpoints that load offline (tiny and the hub cache)."""
     with _reported("local"):
-        from clipfleet.catalogue import offline_models, served_models
-
-        for entry in served_models(url, api_key) if url else offline_models():
+        for entry in _models(url, api_key):
             typer.echo(json.dumps(entry, ensure_ascii=False))
+
+
+def _models(url: str | None, api_key: str | None) -> Iterable[dict[str, Any]]:
+    if url is None:
+        from clipfleet.catalogue import offline_models
+
+        return offline_models()
+    from clipfleet.client import Client
+
+    with Client(url, api_key, deadline_s=10) as client:
+        return client.models()
 
 
 @app.command(

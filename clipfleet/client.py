@@ -1,53 +1,224 @@
-"""A client of a running service: lists of any length in, one array of vectors out."""
+"""Clients of a running service: any number of items in, vectors out, in their order."""
 
 from __future__ import annotations
 
-import io
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TypeVar
+import asyncio
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Coroutine,
+    Generator,
+    Iterable,
+    Iterator,
+    Sequence,
+    Sized,
+)
+from concurrent.futures import Future
+from contextlib import aclosing, closing
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-import httpx
 import numpy as np
+from tqdm import tqdm
 
+from clipfleet import wire
 from clipfleet.connection import Connection
-from clipfleet.errors import ClipfleetError, EmptyInput, FingerprintMismatch, Unavailable
-from clipfleet.vectors import from_base64
+from clipfleet.errors import ClipfleetError, Closed, EmptyInput, FingerprintMismatch, ImageError, SettingsError
+from clipfleet.vectors import Ranked
+from clipfleet.wire import Embedding, Part
+
+if TYPE_CHECKING:
+    from clipfleet.wire import Image
 
 T = TypeVar("T")
-Image = bytes | str | Path
+What = Literal["images", "texts"]
+OnError = Literal["fail", "partial"]
 
-# The service's default limits; one whose own are lower says so, and the part is halved.
-_IMAGES, _TEXTS = 64, 2048
-_BYTES = 32 * 2**20  # half of the limit of a body, for what JSON and multipart add
 _TOO_LARGE = ("too_many_items", "body_too_large")
 
 
-@dataclass(frozen=True)
-class _Vectors:
-    """One request's vectors (n, d), and what they may be compared with."""
+class _Core:
+    """What both clients share: requests, in no order."""
 
-    rows: np.ndarray
-    fingerprint: str
+    def __init__(self, url: str, api_key: str | None, model: str | None, deadline_s: float) -> None:
+        self.connection = Connection(url, api_key, deadline_s)
+        self._options = {"model": model} if model is not None else {}
+
+    async def embed(self, part: Part, on_error: OnError) -> list[Embedding]:
+        """A part's embeddings, from one request or as many as the service's limits want."""
+        if part.kind != "files":
+            return await self._send(part, (), on_error)
+        contents, unread = [], {}
+        for index, image in enumerate(part.items, part.first):
+            try:
+                contents.append(image if isinstance(image, bytes) else await asyncio.to_thread(wire.content_of, image))
+            except ImageError as error:
+                if on_error == "fail":
+                    raise error.at(index) from None
+                contents.append(b"")  # keeps the places of the others
+                unread[index] = error.at(index)
+        found = await self._send(part, contents, on_error)
+        return [Embedding(each.index, None, unread[each.index]) if each.index in unread else each for each in found]
+
+    async def _send(self, part: Part, contents: Sequence[bytes], on_error: OnError) -> list[Embedding]:
+        try:
+            answer = await self.connection.ask(**wire.request(part, contents, on_error, self._options))
+        except ClipfleetError as error:
+            if error.code in _TOO_LARGE and len(part.items) > 1:
+                half = len(part.items) // 2
+                first, second = part.halves()
+                return [
+                    *await self._send(first, contents[:half], on_error),
+                    *await self._send(second, contents[half:], on_error),
+                ]
+            placed = error if error.index is None else error.at(part.first + error.index)
+            if on_error == "partial" and error.code in _TOO_LARGE:
+                return [Embedding(part.first, None, placed)]
+            raise placed from None
+        return wire.read_embeddings(answer, part)
+
+    async def rank(self, query: Any, candidates: Sequence[Any]) -> list[Ranked]:
+        asked = await asyncio.to_thread(wire.rank_request, query, candidates, self._options)
+        return wire.read_ranking(await self.connection.ask(**asked))
+
+    async def models(self) -> list[dict[str, Any]]:
+        return wire.read_models(await self.connection.ask("GET", "/v1/models"))
+
+
+class _OneCheckpoint:
+    """Lets embeddings pass while they are of the first one's checkpoint."""
+
+    def __init__(self) -> None:
+        self._fingerprint: str | None = None
+
+    def check(self, embedding: Embedding) -> Embedding:
+        if embedding.fingerprint is not None:
+            first = self._fingerprint = self._fingerprint or embedding.fingerprint
+            if embedding.fingerprint != first:
+                raise FingerprintMismatch(
+                    f"the service changed its checkpoint at item {embedding.index} ({first} to "
+                    f"{embedding.fingerprint}); embed all of it again",
+                    fingerprints=[first, embedding.fingerprint],
+                )
+        return embedding
+
+
+class AsyncClient:
+    """A service's client for asyncio; it keeps its connections until `aclose`.
+
+    `deadline_s` is for one request with all its repetitions, of which `concurrency` are under way at once. With `model` the
+    service refuses to answer with another one. Raises SettingsError for a `url` that is none.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        api_key: str | None = None,
+        *,
+        model: str | None = None,
+        deadline_s: float = 120.0,
+        concurrency: int = 4,
+    ) -> None:
+        self._concurrency = _at_least_one(concurrency)
+        self._core = _Core(url, api_key, model, deadline_s)
+
+    def __repr__(self) -> str:
+        return f"AsyncClient({self._core.connection.url!r})"
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._core.connection.close()
+
+    async def embed_images(
+        self, images: Iterable[Image] | AsyncIterable[Image], *, on_error: OnError = "fail", progress: bool = False
+    ) -> np.ndarray:
+        """As `Client.embed_images`."""
+        return await self._embed(images, "images", on_error, progress)
+
+    async def embed_texts(
+        self, texts: Iterable[str] | AsyncIterable[str], *, on_error: OnError = "fail", progress: bool = False
+    ) -> np.ndarray:
+        """As `Client.embed_texts`."""
+        return await self._embed(texts, "texts", on_error, progress)
+
+    def stream_images(self, images: Iterable[Image] | AsyncIterable[Image]) -> AsyncGenerator[Embedding, None]:
+        """As `Client.stream_images`; `images` may be an async iterable."""
+        return self._stream(images, "images", "partial")
+
+    def stream_texts(self, texts: Iterable[str] | AsyncIterable[str]) -> AsyncGenerator[Embedding, None]:
+        """As `Client.stream_texts`; `texts` may be an async iterable."""
+        return self._stream(texts, "texts", "partial")
+
+    async def rank(self, query: Image | str, candidates: Sequence[Image | str]) -> list[Ranked]:
+        """As `Client.rank`."""
+        return await self._core.rank(query, candidates)
+
+    async def models(self) -> list[dict[str, Any]]:
+        """As `Client.models`."""
+        return await self._core.models()
+
+    async def _embed(self, items: Any, what: What, on_error: OnError, progress: bool) -> np.ndarray:
+        found = []
+        with _bar(items, what, progress) as bar:
+            async with aclosing(self._stream(items, what, on_error)) as stream:
+                async for embedding in stream:
+                    found.append(embedding)
+                    bar.update()
+        return _matrix(found, what) if _known(found) else _matrix(found, what, await self.models())
+
+    async def _stream(self, items: Any, what: What, on_error: OnError) -> AsyncGenerator[Embedding, None]:
+        checkpoint = _OneCheckpoint()
+        waiting: deque[asyncio.Task[list[Embedding]]] = deque()
+        try:
+            async for part in _async_parts(items, what):
+                waiting.append(asyncio.create_task(self._core.embed(part, on_error)))
+                if len(waiting) == self._concurrency:
+                    for embedding in await waiting.popleft():
+                        yield checkpoint.check(embedding)
+            while waiting:
+                for embedding in await waiting.popleft():
+                    yield checkpoint.check(embedding)
+        finally:
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
 
 
 class Client:
     """A service's client. Threads may share it; it keeps its connections until `close`.
 
-    `deadline_s` is for one request with all its repetitions; a long list takes several requests, one after the other.
-    With `model` the service refuses to answer with another one.
+    `deadline_s` is for one request with all its repetitions, of which `concurrency` are under way at once. With `model` the
+    service refuses to answer with another one. Raises SettingsError for a `url` that is none.
     """
 
     def __init__(
-        self, url: str, api_key: str | None = None, *, model: str | None = None, deadline_s: float = 120.0
+        self,
+        url: str,
+        api_key: str | None = None,
+        *,
+        model: str | None = None,
+        deadline_s: float = 120.0,
+        concurrency: int = 4,
     ) -> None:
-        self._connection = Connection(url, api_key, deadline_s)
-        self._options = {"model": model} if model is not None else {}
+        self._concurrency = _at_least_one(concurrency)
+        self._service = url, api_key, model, deadline_s
+        self._core = _Core(*self._service)
+        self._lock = threading.Lock()
+        self._loop: _LoopThread | None = None
+        self._closed = False
 
     def __repr__(self) -> str:
-        return f"Client({self._connection.url!r})"
+        return f"Client({self._core.connection.url!r})"
 
     def __enter__(self) -> Client:
         return self
@@ -56,101 +227,173 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close the connections."""
-        self._connection.close()
+        """Close the connections; what other threads wait for is cancelled."""
+        with self._lock:
+            loop, self._loop, self._closed = self._loop, None, True
+        if loop is not None:
+            loop.end(self._core.connection.close())
 
-    def embed_images(self, images: Iterable[Image]) -> np.ndarray:
-        """Unit vectors (n, d), float32, of image files' content or paths.
-
-        The first bad image raises its ImageError, with its `index`. Other InputErrors are raised as the service words them,
-        a ServiceError when it could not answer before the deadline, FingerprintMismatch when it changed its checkpoint in
-        the middle of the list, and OSError for a path.
-        """
-        return self._embed(images, "images", _IMAGES, _size, self._send_images)
-
-    def embed_texts(self, texts: Iterable[str]) -> np.ndarray:
-        """Unit vectors (n, d), float32; a text over the checkpoint's context is cut. Raises as `embed_images` does."""
-        return self._embed(texts, "texts", _TEXTS, len, self._send_texts)
-
-    def _embed(
-        self,
-        items: Iterable[T],
-        what: str,
-        most: int,
-        size: Callable[[T], int],
-        send: Callable[[Sequence[T]], _Vectors],
+    def embed_images(
+        self, images: Iterable[Image], *, on_error: OnError = "fail", progress: bool = False
     ) -> np.ndarray:
-        if isinstance(items, (str, bytes, Path)):  # of which the first two are iterable too
-            raise TypeError(f"embed_{what} takes a list of {what}, not {type(items).__name__}")
-        found = [vectors for first, part in _parts(list(items), most, size) for vectors in _send(part, first, send)]
-        if not found:
-            raise EmptyInput(f"the list of {what} is empty; send at least one")
-        fingerprints = {vectors.fingerprint for vectors in found}
-        if len(fingerprints) > 1:
-            raise FingerprintMismatch(
-                f"the service changed its checkpoint in the middle of the list ({' and '.join(sorted(fingerprints))}); "
-                "embed it again",
-                fingerprints=sorted(fingerprints),
-            )
-        return np.concatenate([vectors.rows for vectors in found])
+        """Unit vectors (n, d), float32, of images: paths, files' bytes, addresses (`http:`, `https:`, where the service fetches
+        them, or `data:`), arrays uint8 (H, W), (H, W, 3) or (H, W, 4), or PIL images.
 
-    def _send_images(self, images: Sequence[Image]) -> _Vectors:
-        content = [image if isinstance(image, bytes) else Path(image).read_bytes() for image in images]
-        files = [("files", (f"{number}", image, "application/octet-stream")) for number, image in enumerate(content)]
-        accept = {"Accept": "application/x-npy"}
-        answer = self._connection.post("/v1/embeddings/images", files=files, params=self._options, headers=accept)
-        return _read(answer, len(images), _from_npy)
+        The first bad image raises its ImageError, with its `index`; with on_error="partial" its row is NaN instead, and
+        `stream_images` tells why. Other InputErrors are raised as the service words them, a ServiceError when it could not
+        answer before the deadline, and FingerprintMismatch when it changed its checkpoint in the middle.
+        """
+        return self._embed(images, "images", on_error, progress)
 
-    def _send_texts(self, texts: Sequence[str]) -> _Vectors:
-        content = json.dumps({"input": texts, "encoding_format": "base64", **self._options}).encode()
-        kind = {"Content-Type": "application/json"}
-        answer = self._connection.post("/v1/embeddings", content=content, headers=kind)
-        return _read(answer, len(texts), _from_json)
+    def embed_texts(self, texts: Iterable[str], *, on_error: OnError = "fail", progress: bool = False) -> np.ndarray:
+        """Unit vectors (n, d), float32; a text over the checkpoint's context is cut. Raises as `embed_images` does."""
+        return self._embed(texts, "texts", on_error, progress)
+
+    def stream_images(self, images: Iterable[Image]) -> Generator[Embedding, None, None]:
+        """The embedding of each image, in order, with an error for each bad one. `images` is drawn from as answers come, a few
+        requests ahead, so that it may be endless. Raises as `embed_images` does for all that concerns no single image."""
+        return self._stream(images, "images", "partial")
+
+    def stream_texts(self, texts: Iterable[str]) -> Generator[Embedding, None, None]:
+        """The embedding of each text, as `stream_images`."""
+        return self._stream(texts, "texts", "partial")
+
+    def rank(self, query: Image | str, candidates: Sequence[Image | str]) -> list[Ranked]:
+        """The candidates by their cosine to the query, best first. A str is a text or an address; give paths as Path."""
+        return self._submit(self._core.rank(query, candidates)).result()
+
+    def models(self) -> list[dict[str, Any]]:
+        """What the service serves: id, dimension, context_length, image_size, fingerprint and more of each model."""
+        return self._submit(self._core.models()).result()
+
+    def _embed(self, items: Any, what: What, on_error: OnError, progress: bool) -> np.ndarray:
+        found = []
+        with _bar(items, what, progress) as bar, closing(self._stream(items, what, on_error)) as stream:
+            for embedding in stream:
+                found.append(embedding)
+                bar.update()
+        return _matrix(found, what) if _known(found) else _matrix(found, what, self.models())
+
+    def _stream(self, items: Any, what: What, on_error: OnError) -> Generator[Embedding, None, None]:
+        checkpoint = _OneCheckpoint()
+        waiting: deque[Future[list[Embedding]]] = deque()
+        try:
+            for part in _parts(items, what):  # in the caller's thread, which may own what it draws from
+                waiting.append(self._submit(self._core.embed(part, on_error)))
+                if len(waiting) == self._concurrency:
+                    for embedding in waiting.popleft().result():
+                        yield checkpoint.check(embedding)
+            while waiting:
+                for embedding in waiting.popleft().result():
+                    yield checkpoint.check(embedding)
+        finally:
+            for future in waiting:
+                future.cancel()
+
+    def _submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        with self._lock:
+            if self._closed:
+                work.close()
+                raise Closed(f"{self!r} is closed")
+            if self._loop is None or self._loop.pid != os.getpid():  # a fork has neither the thread nor the connections
+                if self._loop is not None:
+                    work.close()
+                    raise Closed(f"{self!r} was made before a fork; make one in each process")
+                self._loop = _LoopThread()
+                weakref.finalize(self, _close, self._loop, self._core.connection)
+            return self._loop.submit(work)
 
 
-def _size(image: Image) -> int:
-    return len(image) if isinstance(image, bytes) else Path(image).stat().st_size
+class _LoopThread:
+    """An event loop in a thread, which does the requests of a Client."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=_run, args=(self._loop,), name="clipfleet-client", daemon=True)
+        self._thread.start()
+
+    def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def end(self, last: Coroutine[Any, Any, None]) -> None:
+        """Cancel what is under way, do the last thing, and end."""
+        if self.pid != os.getpid() or self._loop.is_closed():
+            last.close()
+            return
+        asyncio.run_coroutine_threadsafe(_end(self._loop, last), self._loop)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(5)
 
 
-def _parts(items: Sequence[T], most: int, size: Callable[[T], int]) -> Iterator[tuple[int, Sequence[T]]]:
-    """Slices of at most `most` items, and of at most _BYTES where they hold several; each with its first one's place."""
-    first = held = 0
-    for place, item in enumerate(items):
-        added = size(item)
-        if place > first and (place - first == most or held + added > _BYTES):
-            yield first, items[first:place]
-            first, held = place, 0
-        held += added
-    if items:
-        yield first, items[first:]
+def _close(loop: _LoopThread, connection: Connection) -> None:
+    loop.end(connection.close())
 
 
-def _send(part: Sequence[T], first: int, send: Callable[[Sequence[T]], _Vectors]) -> list[_Vectors]:
-    """One request, or as many as the service's limits want; `first` is the part's place in the caller's list."""
+def _run(loop: asyncio.AbstractEventLoop) -> None:
     try:
-        return [send(part)]
-    except ClipfleetError as error:
-        if error.code in _TOO_LARGE and len(part) > 1:
-            half = len(part) // 2
-            return _send(part[:half], first, send) + _send(part[half:], first + half, send)
-        raise (error if error.index is None else error.at(first + error.index)) from None
+        loop.run_forever()
+    finally:
+        loop.close()
 
 
-def _from_npy(answer: httpx.Response) -> _Vectors:
-    rows = np.load(io.BytesIO(answer.content), allow_pickle=False)
-    return _Vectors(rows, answer.headers["X-Clipfleet-Fingerprint"])
+async def _end(loop: asyncio.AbstractEventLoop, last: Coroutine[Any, Any, None]) -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+    await last
+    loop.call_soon(loop.stop)
 
 
-def _from_json(answer: httpx.Response) -> _Vectors:
-    body = answer.json()
-    return _Vectors(np.stack([from_base64(row["embedding"]) for row in body["data"]]), body["fingerprint"])
+def _at_least_one(concurrency: int) -> int:
+    if concurrency < 1:
+        raise SettingsError(f"concurrency is a number of requests from 1 on, not {concurrency}")
+    return concurrency
 
 
-def _read(answer: httpx.Response, count: int, parse: Callable[[httpx.Response], _Vectors]) -> _Vectors:
-    try:
-        vectors = parse(answer)
-    except (ValueError, KeyError, TypeError, EOFError) as error:
-        raise Unavailable(f"{answer.url} gave an answer that is none of clipfleet's: {error!r}") from error
-    if vectors.rows.ndim != 2 or len(vectors.rows) != count:
-        raise Unavailable(f"{answer.url} gave vectors of shape {vectors.rows.shape} for {count} items")
-    return vectors
+def _check_list(items: Any, what: What) -> None:
+    if isinstance(items, (str, bytes, os.PathLike)) or not isinstance(items, (Iterable, AsyncIterable)):
+        raise TypeError(f"a list of {what} is needed, not one {type(items).__name__}")
+
+
+def _parts(items: Any, what: What) -> Iterator[Part]:
+    _check_list(items, what)
+    packer = wire.Packer(what)
+    for item in items:
+        if part := packer.add(item):
+            yield part
+    if part := packer.rest():
+        yield part
+
+
+async def _async_parts(items: Any, what: What) -> AsyncIterator[Part]:
+    if not isinstance(items, AsyncIterable):
+        for part in _parts(items, what):
+            yield part
+        return
+    packer = wire.Packer(what)
+    async for item in items:
+        if part := packer.add(item):
+            yield part
+    if part := packer.rest():
+        yield part
+
+
+def _bar(items: Any, what: What, shown: bool) -> tqdm[Any]:
+    return tqdm(
+        total=len(items) if isinstance(items, Sized) else None, desc="Embedding", unit=what[:-1], disable=not shown
+    )
+
+
+def _known(found: Sequence[Embedding]) -> bool:
+    return not found or any(each.vector is not None for each in found)
+
+
+def _matrix(found: Sequence[Embedding], what: What, models: Sequence[dict[str, Any]] = ()) -> np.ndarray:
+    """The vectors (n, d), with NaN for errors; d is the model's where there is no vector."""
+    if not found:
+        raise EmptyInput(f"the list of {what} is empty; send at least one")
+    vectors = (each.vector for each in found if each.vector is not None)
+    missing = np.full_like(next(vectors), np.nan) if not models else np.full(models[0]["dimension"], np.nan, np.float32)
+    return np.stack([missing if each.vector is None else each.vector for each in found])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
 import ssl
@@ -29,45 +30,44 @@ _KINDS: dict[int, type[ClipfleetError]] = {
 logger = logging.getLogger(__name__)
 
 
-def connect(url: str, api_key: str | None = None) -> httpx.Client:
-    """Connections to the service at `url`. Raises SettingsError if that is no http(s) address, or the key none for HTTP."""
-    try:
-        address = httpx.URL(url)
-    except httpx.InvalidURL:
-        address = httpx.URL()
-    if address.scheme not in ("http", "https") or not address.host:
-        raise SettingsError(f"{url!r} is no address of a service; give one such as http://127.0.0.1:8000")
-    return httpx.Client(
-        base_url=address,
-        headers=authorization(api_key),
-        timeout=30,
-        # A proxy of the environment is for other machines.
-        trust_env=address.host not in ("127.0.0.1", "::1", "localhost"),
-    )
-
-
 class Connection:
-    """Posts to one service. Embedding is idempotent: whatever became of the first try, another one does no harm."""
+    """Asks one service. Embedding is idempotent: whatever became of the first try, another one does no harm.
+
+    Raises SettingsError if `url` is no http(s) address, or the key none for HTTP. Bound to the event loop that first asks.
+    """
 
     def __init__(self, url: str, api_key: str | None, deadline_s: float) -> None:
-        self._http = connect(url, api_key)
+        try:
+            address = httpx.URL(url)
+        except httpx.InvalidURL:
+            address = httpx.URL()
+        if address.scheme not in ("http", "https") or not address.host:
+            raise SettingsError(f"{url!r} is no address of a service; give one such as http://127.0.0.1:8000")
+        self._http = httpx.AsyncClient(
+            base_url=address,
+            headers=authorization(api_key),
+            # A proxy of the environment is for other machines.
+            trust_env=address.host not in ("127.0.0.1", "::1", "localhost"),
+        )
         self._deadline_s = deadline_s
 
     @property
     def url(self) -> str:
         return str(self._http.base_url)
 
-    def close(self) -> None:
-        self._http.close()
+    async def close(self) -> None:
+        await self._http.aclose()
 
-    def post(self, path: str, *, headers: dict[str, str], **body: Any) -> httpx.Response:
+    async def ask(
+        self, method: str, path: str, *, headers: dict[str, str] | None = None, **body: Any
+    ) -> httpx.Response:
         """An answer of 200. When no time is left for another try, raises what came of the last one."""
         end = time.monotonic() + self._deadline_s
         pause = _PAUSE_S
         while True:
             advised = 0.0
             try:
-                answer = self._try(path, headers, end - time.monotonic(), body)
+                answer = await self._try(method, path, headers or {}, end - time.monotonic(), body)
                 if answer.status_code == 200:
                     return answer
                 problem = error_of(answer)
@@ -82,14 +82,16 @@ class Connection:
             if time.monotonic() + wait >= end:
                 raise problem
             logger.info("trying again in %.1f s: %s", wait, problem)
-            time.sleep(wait)
+            await asyncio.sleep(wait)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
 
-    def _try(self, path: str, headers: dict[str, str], left: float, body: dict[str, Any]) -> httpx.Response:
+    async def _try(
+        self, method: str, path: str, headers: dict[str, str], left: float, body: dict[str, Any]
+    ) -> httpx.Response:
         left = max(left, 0.001)
         asked = {**headers, "X-Deadline-Ms": f"{max(1, int(left * 1000))}"}  # nobody waits for it any longer
         timeout = httpx.Timeout(left, connect=min(left, _CONNECT_S))
-        return self._http.post(path, headers=asked, timeout=timeout, **body)
+        return await self._http.request(method, path, headers=asked, timeout=timeout, **body)
 
     def _unanswered(self, error: httpx.RequestError) -> ClipfleetError:
         if isinstance(error, (httpx.ReadTimeout, httpx.WriteTimeout)):

@@ -12,8 +12,8 @@ import os
 import re
 import secrets
 import tempfile
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from clipfleet.errors import SettingsError
@@ -66,28 +66,55 @@ def add_key(path: str | os.PathLike[str], name: str) -> str:
     """Make a key under a new name and return it: the only time that anyone sees it. Raises SettingsError."""
     if not _NAME.fullmatch(name):
         raise SettingsError(f"{name!r} is no name of a key: letters, digits, dots, dashes and underscores, up to 64")
-    kept = read_keys(path) if Path(path).exists() else {}
-    if name in kept:
-        raise SettingsError(f"there is a key {name!r} already; revoke it first")
     key = PREFIX + secrets.token_urlsafe(32)
-    _write(Path(path), {**kept, name: digest(key)})
+    with _changing(path) as (kept, lines):
+        if name in kept:
+            raise SettingsError(f"there is a key {name!r} already; revoke it first")
+        lines.append(f"{name} {digest(key)}")
     return key
 
 
 def revoke_key(path: str | os.PathLike[str], name: str) -> None:
     """Remove a key. Raises SettingsError."""
-    kept = read_keys(path)
-    if name not in kept:
-        raise SettingsError(f"there is no key {name!r}; there are {', '.join(sorted(kept)) or 'none'}")
-    _write(Path(path), {other: hash_ for other, hash_ in kept.items() if other != name})
+    with _changing(path) as (kept, lines):
+        if name not in kept:
+            raise SettingsError(f"there is no key {name!r}; there are {', '.join(sorted(kept)) or 'none'}")
+        lines[:] = [line for line in lines if line.split()[:1] != [name]]
 
 
-def _write(path: Path, kept: Mapping[str, str]) -> None:
-    """Replace the file whole: a service never reads half of it, and only its owner may read it at all."""
+@contextmanager
+def _changing(path: str | os.PathLike[str]) -> Iterator[tuple[dict[str, str], list[str]]]:
+    """The keys, and the file's lines to change; they are written at the end. One process at a time."""
+    import fcntl  # only where services run
+
+    target = Path(os.path.realpath(path))  # a link stays one
+    try:
+        folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise SettingsError(f"the file of API keys cannot be written: {error}") from error
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        there = target.exists()
+        lines = target.read_text(encoding="utf-8").splitlines() if there else []
+        yield read_keys(target) if there else {}, lines
+        _write(target, lines)
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"the file of API keys cannot be written: {error}") from error
+    finally:
+        os.close(folder)
+
+
+def _write(path: Path, lines: Iterable[str]) -> None:
+    """Replace the file whole, so that a service never reads half of it. It keeps its owner and mode, so that a service that
+    runs as somebody else can still read it; a new one is its maker's alone."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.writelines(f"{name} {hash_}\n" for name, hash_ in kept.items())
+            file.writelines(f"{line}\n" for line in lines)
+            with suppress(FileNotFoundError):
+                before = path.stat()
+                os.fchown(file.fileno(), before.st_uid, before.st_gid)
+                os.fchmod(file.fileno(), before.st_mode & 0o7777)
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):

@@ -171,7 +171,9 @@ def _explain(problem: Any, where: str) -> str:
     name = ".".join([where, *(str(part) for part in problem["loc"])])
     if problem["type"] == "extra_forbidden":
         return f"{name}: there is no such setting"
-    return f"{name}: {problem['msg'].removeprefix('Value error, ')} (got {problem['input']!r})"
+    said = f"{name}: {problem['msg'].removeprefix('Value error, ')}"
+    # Keys must not be shown: they are in what was given for them, and in all of the settings together.
+    return said if not problem["loc"] or problem["loc"][0] == "api_keys" else f"{said} (got {problem['input']!r})"
 
 
 def service_settings(args: dict[str, Any]) -> ServiceSettings:

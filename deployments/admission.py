@@ -65,24 +65,53 @@ class Admission:
         self.bytes = 0
         self.lanes = {"images": Lane(), "texts": Lane()}
         self._by_key: Counter[str] = Counter()  # items in flight of each API key
+        self._bytes_by_key: Counter[str] = Counter()
 
-    def check_bytes(self, size: int, own: int = 0) -> None:
-        """Raise Overloaded if `size` more bytes of a request that holds `own` would pass the limit; alone it never does."""
+    def check_bytes(self, size: int, own: int = 0, key: str | None = None) -> None:
+        """Raise Overloaded if `size` more bytes of a request that holds `own` would pass the limit; alone it never does.
+
+        Where the items of a key are limited, its bytes are as well: to half of all.
+        """
         if self.bytes > own and self.bytes + size > self._limits.inflight_bytes:
             raise Overloaded(
                 f"{self.bytes:,} bytes of requests are in flight; the limit is {self._limits.inflight_bytes:,}",
                 retry_after=1,
             )
 
+        half = self._limits.inflight_bytes // 2
+        if key is not None and self._limits.inflight_items_per_key is not None:
+            held = self._bytes_by_key[key]
+            if held > own and held + size > half:
+                raise Overloaded(
+                    f"{held:,} bytes of this API key's requests are in flight; the limit of one key is {half:,}",
+                    retry_after=1,
+                )
+
     @contextmanager
-    def hold_bytes(self, size: int, own: int = 0) -> Iterator[None]:
+    def hold_bytes(self, size: int, own: int = 0, key: str | None = None) -> Iterator[None]:
         """Hold bytes of a body, which has `own` already, until its request is answered. Raises Overloaded."""
-        self.check_bytes(size, own)
+        self.check_bytes(size, own, key)
         self.bytes += size
+        if key is not None:
+            self._bytes_by_key[key] += size
         try:
             yield
         finally:
             self.bytes -= size
+            if key is not None:
+                self._bytes_by_key[key] -= size
+
+    @contextmanager
+    def hold_key(self, key: str | None, count: int) -> Iterator[None]:
+        """Hold items of an API key, while their images are fetched or they are worked on. Raises Overloaded."""
+        self.check_key(key, count)
+        if key is not None:
+            self._by_key[key] += count
+        try:
+            yield
+        finally:
+            if key is not None:
+                self._by_key[key] -= count
 
     @contextmanager
     def hold_items(self, images: int, texts: int, seconds: float, key: str | None = None) -> Iterator[None]:
@@ -90,27 +119,25 @@ class Admission:
         name. Raises Overloaded."""
         wanted = _wanted(images, texts)
         self.check_items(images, texts, seconds, key)
-        if key is not None:
-            self._by_key[key] += images + texts
         for what, count in wanted:
             self.lanes[what].change(count)
         done = False
         try:
-            yield
+            with self.hold_key(key, images + texts):
+                yield
             done = True
         finally:
             for what, count in wanted:
                 self.lanes[what].change(-count, finished=count if done else 0)
-            if key is not None:
-                self._by_key[key] -= images + texts
 
     def check_items(self, images: int, texts: int, seconds: float, key: str | None = None) -> None:
         """Raise Overloaded where hold_items would: for a request of at least so many items, before its body is read."""
-        self._check_key(key, images + texts)
+        self.check_key(key, images + texts)
         for what, count in _wanted(images, texts):
             self._check(what, count, seconds)
 
-    def _check_key(self, key: str | None, count: int) -> None:
+    def check_key(self, key: str | None, count: int) -> None:
+        """Raise Overloaded if an API key would have too many items in flight."""
         most = self._limits.inflight_items_per_key
         if key is None or most is None:
             return

@@ -24,8 +24,11 @@ M = TypeVar("M", bound=BaseModel)
 class Body:
     """One request's body. The bytes stay counted until `held` is closed."""
 
-    def __init__(self, request: Request, limits: LimitSettings, admission: Admission, held: ExitStack) -> None:
+    def __init__(
+        self, request: Request, limits: LimitSettings, admission: Admission, held: ExitStack, key: str | None
+    ) -> None:
         self._request = request
+        self._key = key  # the name of the API key that it came with
         self._limits = limits
         self._admission = admission
         self._held = held
@@ -45,7 +48,7 @@ class Body:
             raise InvalidRequest("compressed bodies (Content-Encoding) are not accepted")
         declared = self._declared_length()
         if declared is not None:
-            self._admission.check_bytes(declared)  # before anything of it is read
+            self._admission.check_bytes(declared, key=self._key)  # before anything of it is read
         received = 0
         async for chunk in self._request.stream():
             received += len(chunk)
@@ -53,7 +56,7 @@ class Body:
                 raise self._too_large(received)
             if chunk:
                 # As it arrives: what a client has only announced must not keep others out.
-                self._held.enter_context(self._admission.hold_bytes(len(chunk), own=received - len(chunk)))
+                self._held.enter_context(self._admission.hold_bytes(len(chunk), received - len(chunk), self._key))
                 yield chunk
 
     def _declared_length(self) -> int | None:
@@ -78,6 +81,7 @@ class Body:
 # A JSON string, whose closing quote may be missing, or a sign of structure; no backtracking, so any body takes one pass.
 _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[,\[{]', re.DOTALL)
 _STRUCTURE = (b",", b"[", b"{")
+_QUOTE = ord('"')
 
 _NAME = re.compile(r"[A-Za-z_][\w-]{0,39}", re.ASCII)  # of a field, as it may stand in a message
 
@@ -89,8 +93,10 @@ def check_structure(data: bytes, most: int) -> None:
     """
     if sum(map(data.count, _STRUCTURE)) <= most:
         return
-    bare = (token for token in _TOKEN.finditer(data) if token[0] in _STRUCTURE)  # not those in texts and data URIs
-    if next(islice(bare, most, None), None) is not None:
+    # Signs of structure but those in texts and data URIs. What is JSON has two strings for one of them at most; the rest of
+    # what has more is not even looked at.
+    tokens = list(islice(_TOKEN.finditer(data), 3 * most + 3))
+    if len(tokens) == 3 * most + 3 or sum(data[token.start()] != _QUOTE for token in tokens) > most:
         raise TooManyItems(
             f"the body holds more than {most:,} JSON values, which is more than the limits on items allow; "
             "send them in several requests",

@@ -21,6 +21,8 @@ from clipfleet.settings import ServiceSettings
 from deployments import memory
 from deployments.own_config import check_own_scaling
 
+_MOST_BYTES_A_PIXEL = 20  # of decoding_bytes, over all formats and modes
+
 Pixels = np.ndarray | ClipfleetError  # one image's outcome: (H, W, 3) uint8, or what was wrong
 
 
@@ -99,6 +101,8 @@ class DecoderReplica:
                 return to_picture(image, self._spec, self._limits).pixels
         except ImageError as error:
             return error
+        finally:
+            memory.return_unused()
 
     def _decode_apart(self, images: Sequence[bytes], deadline: float) -> list[Pixels]:
         child = DecodeProcess(self._spec, self._limits)
@@ -109,9 +113,10 @@ class DecoderReplica:
 
     def _decode_in(self, child: DecodeProcess, image: bytes, deadline: float) -> Pixels:
         pixels = np.empty((*self._spec.size, 3), np.uint8)
-        left = deadline - time.time()
-        # One try: with the replica that died it is the second.
-        reply = child.decode_into(image, pixels, timeout_s=left, tries=1) if left > 0 else None
+        # One try: with the replica that died it is the second. Opening it, to learn its size, may be what ends a process.
+        with self._budget.hold(self._limits.max_pixels * _MOST_BYTES_A_PIXEL):
+            left = deadline - time.time()
+            reply = child.decode_into(image, pixels, timeout_s=left, tries=1) if left > 0 else None
         if reply is None or (isinstance(reply, ImageCrashedDecoder) and time.time() >= deadline):
             return DeadlineExceeded("the deadline passed while the image was decoded")
         return reply if isinstance(reply, ClipfleetError) else pixels

@@ -19,6 +19,7 @@ from clipfleet.settings import APPLICATION
 from deployments.private_ray import LOOPBACK, is_lost, leave_at_once
 
 NAMES = (APPLICATION, f"{APPLICATION}_next")  # those of a command: two take turns when one replaces the other
+START_S = 1800  # a large checkpoint may have to be converted first
 UNPLACED_S = 60  # a replica that no node has room for is waited for this long
 _LOOP_S = 5.0  # for calls that still run to notice that they have been given up
 PROXIES_S = 60  # for Serve's proxies to start
@@ -122,8 +123,9 @@ def cause(message: str) -> str:
 
 
 def wait_until_running(client: Any, name: str) -> None:
-    """Raises SetupError if a deployment does not start, or finds no room."""
+    """Raises SetupError if a deployment does not start, not within half an hour, or finds no room."""
     unplaced_since: float | None = None
+    end = time.monotonic() + START_S
     while (status := client.get_serve_status(name)).app_status.status != "RUNNING":
         for deployment in status.deployment_statuses:
             if "failed to start" in deployment.message:
@@ -135,6 +137,9 @@ def wait_until_running(client: Any, name: str) -> None:
         # Serve itself says so only after 30 s.
         if unplaced_since and time.monotonic() - unplaced_since > UNPLACED_S - 30:
             raise SetupError(_no_room(waiting[0].name, waiting[0].message))
+        if time.monotonic() > end:
+            starting = [d.name for d in status.deployment_statuses if d.status.value != "HEALTHY"]
+            raise SetupError(f"{' and '.join(starting) or name} did not start within {START_S // 60} minutes")
         time.sleep(0.2)
 
 

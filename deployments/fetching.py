@@ -10,14 +10,16 @@ import asyncio
 import ipaddress
 import socket
 import ssl
-from collections.abc import Iterable
+import time
+from collections.abc import AsyncIterator, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
 import httpcore
 from httpcore import AsyncNetworkStream
 
-from clipfleet.errors import ImageNotFetched, ImageTooManyBytes, ImageUrlForbidden
+from clipfleet.errors import ImageNotFetched, ImageTooManyBytes, ImageUrlForbidden, Overloaded
 from clipfleet.settings import UrlSettings
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -92,6 +94,7 @@ class Fetcher:
         self._settings = settings
         self._most = image_bytes
         self._at_once = asyncio.Semaphore(settings.at_once)
+        self._of_key: dict[str | None, asyncio.Semaphore] = {}  # as many as there are keys
         self._pool = httpcore.AsyncConnectionPool(
             ssl_context=ssl.create_default_context(),
             max_connections=settings.at_once,
@@ -99,23 +102,39 @@ class Fetcher:
             network_backend=CheckedNetwork(settings.allowed_networks),
         )
 
-    async def fetch(self, address: str, seconds: float) -> bytes:
-        """The image at an address, within so many seconds.
+    async def fetch(self, address: str, seconds: float, key: str | None = None) -> bytes:
+        """The image at an address, within so many seconds, for who has the API key of that name.
 
-        Raises ImageUrlForbidden, ImageNotFetched or ImageTooManyBytes.
+        Raises ImageUrlForbidden, ImageNotFetched or ImageTooManyBytes; Overloaded where others' images took all the time.
         """
-        try:
-            async with asyncio.timeout(min(seconds, self._settings.timeout_s)), self._at_once:
-                for _ in range(1 + self._settings.redirects):
-                    found = await self._get_again(_parse(address, self._settings.ports))
-                    if isinstance(found, bytes):
-                        return found
-                    address = found
-        except TimeoutError:
-            raise ImageNotFetched(f"the image did not arrive within {self._settings.timeout_s:g} s") from None
-        except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError) as error:
-            raise ImageNotFetched(f"the image cannot be fetched: {type(error).__name__} {error}".rstrip()) from None
+        end = time.monotonic() + seconds
+        async with self._turn(key, seconds):
+            try:
+                async with asyncio.timeout(min(end - time.monotonic(), self._settings.timeout_s)):
+                    for _ in range(1 + self._settings.redirects):
+                        found = await self._get_again(_parse(address, self._settings.ports))
+                        if isinstance(found, bytes):
+                            return found
+                        address = found
+            except TimeoutError:
+                raise ImageNotFetched(f"the image did not arrive within {self._settings.timeout_s:g} s") from None
+            except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError) as error:
+                raise ImageNotFetched(f"the image cannot be fetched: {type(error).__name__} {error}".rstrip()) from None
         raise ImageNotFetched(f"the address redirects more than {self._settings.redirects} times")
+
+    @asynccontextmanager
+    async def _turn(self, key: str | None, seconds: float) -> AsyncIterator[None]:
+        """One of the places for images that arrive. A key has half of them, so that slow servers of one do not stop another."""
+        half = max(1, self._settings.at_once // 2) if key is not None else self._settings.at_once
+        own = self._of_key.setdefault(key, asyncio.Semaphore(half))
+        async with AsyncExitStack() as held:
+            try:
+                async with asyncio.timeout(seconds):
+                    await held.enter_async_context(own)
+                    await held.enter_async_context(self._at_once)
+            except TimeoutError:
+                raise Overloaded("other images by address took all the time; try again", retry_after=1) from None
+            yield
 
     async def _get_again(self, url: httpcore.URL) -> bytes | str:
         """Try twice: a server may close a connection that was kept at the moment when it is used again."""

@@ -15,6 +15,7 @@ import importlib.util
 import json
 import os
 import re
+import resource
 import shlex
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from pathlib import Path
 BUFFER_BYTES = 4 * 2**20 + 2**17  # a body of 4 MiB with its headers, and what HAProxy reserves
 BUFFER_BYTES_ALONE = 2**20  # in front of one replica
 HOT_BYTES = 16 * BUFFER_BYTES
+CONNECTIONS = 8192
 
 # What HAProxy words itself: status -> (status sent, code, message). 408 is a request that came too slowly, 400 one that is
 # not HTTP; 502 means that a replica broke off more often than HAProxy retries, 503 that no replica answers at all.
@@ -75,6 +77,25 @@ def answer(status: int) -> str:
     return f"{head}Cache-Control: no-cache\r\n{end}\r\n{body}"
 
 
+# What edit() looks for in Serve's template. A Ray without one of these would serve with settings of its own.
+_TEMPLATE = (
+    "    option splice-request\n    option splice-response\n",
+    "    errorfile 502 {{",
+    "    bind {{ config.frontend_host }}:{{ config.frontend_port }}\n",
+    "    bind :{{ config.metrics_port }}\n",
+    "  bind *:{{ config.stats_port }}\n",
+    "    tune.bufsize {{",
+    "    # Fallback to head node's Serve proxy",
+    "    use_backend {{",
+    "    http-request return status 404 content-type text/plain ",
+)
+
+
+def missing_lines(template: str) -> list[str]:
+    """The lines that edit() changes and that Serve's template does not have."""
+    return [line for line in _TEMPLATE if line not in template]
+
+
 def write_answers(folder: Path) -> None:
     for status in ANSWERS:
         (folder / f"{status}.http").write_text(answer(status), newline="")
@@ -96,10 +117,22 @@ def _frontend(host: str, port: str, folder: Path, certificate: str) -> str:
     return "\n".join([f"    bind {public_bind(host, port, certificate)}", *rules, ""])
 
 
+def most_in_use(buffer_bytes: int) -> int:
+    """How many connections may have a request at once. Each takes two buffers: an eighth of the memory for all of them."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # a container's limit; "max" where it has none
+        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(1024, max(64, memory // 8 // (2 * buffer_bytes)))
+
+
+def _most_in_use(config: str) -> int:
+    size = re.search(r"^    tune\.bufsize (\d+)$", config, re.MULTILINE)
+    return most_in_use(int(size[1]) if size else BUFFER_BYTES)
+
+
 def _refusal(config: str, folder: Path) -> str:
     """The rule that refuses requests when too many are in the replicas. The group 1 that it refers to is a backend's name."""
-    connections = re.search(r"^    maxconn (\d+)$", config, re.MULTILINE)
-    most = int(connections[1]) * 3 // 4 if connections else 1024
+    most = _most_in_use(config) * 3 // 4
     health = " ".join(HEALTH_PATHS)
     file = folder / "429.http"
     return f"    http-request return status 429 errorfile {file} if {{ be_conn(\\1) ge {most} }} !{{ path {health} }}"
@@ -121,7 +154,7 @@ def edit(config: str, folder: Path, host: str, port: str, certificate: str = "")
         # system and give back for every request.
         (
             r"^    tune\.bufsize (\d+)$(?!\n    tune\.memory)",
-            rf"    tune.bufsize \1\n    tune.memory.hot-size {HOT_BYTES}",
+            rf"    tune.bufsize \1\n    tune.memory.hot-size {HOT_BYTES}\n    tune.buffers.limit {2 * _most_in_use(config)}",
         ),
         # A request is held until it is whole (or fills the buffer), so that one whose replica dies can be sent again, and
         # a slow upload does not hold a replica. Splicing passes bytes by the buffer, which leaves nothing to send again.
@@ -227,9 +260,9 @@ def _write_launcher(folder: Path, binary: Path, host: str, port: int, certificat
 def haproxy_environment(
     host: str, port: int, block: int, folder: Path, binary: Path, certificate: str
 ) -> dict[str, str]:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     buffer_bytes = int(os.environ.get("RAY_SERVE_HAPROXY_TUNE_BUFSIZE", BUFFER_BYTES))
-    connections = min(1024, max(64, memory // 8 // (2 * buffer_bytes)))
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    connections = min(CONNECTIONS, files // 2 - 100) if files != resource.RLIM_INFINITY else CONNECTIONS
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",  # twice the requests/s of Serve's own Python proxy, and it can retry
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(
@@ -245,7 +278,7 @@ def haproxy_environment(
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(block + 2),
         # A request can be sent again only while all of it is in the buffer; larger bodies are sent once.
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(buffer_bytes),
-        # A connection in use takes two buffers: at most an eighth of the memory for all of them.
+        # Idle ones, which take no buffers, must not keep others out.
         "RAY_SERVE_HAPROXY_MAXCONN": str(connections),
         # Embedding is idempotent: send again what a dying replica left unanswered, to another one, three attempts in all. Not
         # on its 503 and 504 (all-retryable-errors): those are answers, and a deadline of 30 s would become one of 90.

@@ -18,6 +18,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.types import ASGIApp
 
 from clipfleet.errors import (
+    BodyTooLarge,
     ClipfleetError,
     DeadlineExceeded,
     InputError,
@@ -120,9 +121,12 @@ class Ingress:
     async def embeddings(self, request: Request) -> Response:
         """Embed texts, images, or a list that mixes both, in order."""
         deadline = read_deadline(request, self._limits.deadline_s)
+        key = _key(request)
+        self._admission.check_key(key, 1)  # before the body is read
         with ExitStack() as held:
-            body = await self._read(Body(request, self._limits, self._admission, held).read(), deadline)
+            body = await self._read(Body(request, self._limits, self._admission, held, key).read(), deadline)
             wanted = parse_json(body, schemas.EmbeddingsRequest, self._limits)
+            size = len(body)
             del body
             model = self._check_model(wanted.model)
             if wanted.dimensions not in (None, model["dimension"]):
@@ -137,8 +141,8 @@ class Ingress:
             read = read_items(items, wanted.modality, self._limits, "input", urls=self._urls)
             options = schemas.Options.model_validate(wanted.model_dump(include=set(schemas.Options.model_fields)))
             del wanted, items  # the images once more, as base64
-            inputs = await self._fetched(read, deadline, held)
-            return await self._answer(inputs, options, deadline, "input", _key(request), npy=False)
+            inputs = await self._fetched(read, deadline, held, size, key)
+            return await self._answer(inputs, options, deadline, "input", key, npy=False)
 
     async def image_embeddings(
         self,
@@ -155,9 +159,10 @@ class Ingress:
         if dtype == "float16" and encoding_format == "float" and not npy:
             raise InvalidRequest("dtype float16 needs encoding_format base64 or .npy", param="dtype")
         self._check_model(model)
-        self._admission.check_items(1, 0, seconds_left(deadline), _key(request))
+        key = _key(request)
+        self._admission.check_items(1, 0, seconds_left(deadline), key)
         with ExitStack() as held:
-            body = Body(request, self._limits, self._admission, held)
+            body = Body(request, self._limits, self._admission, held, key)
             kind = request.headers.get("content-type", "").lower()
             if kind.startswith("multipart/form-data"):
                 images = await self._read(body.read_files(), deadline)
@@ -166,14 +171,17 @@ class Ingress:
             else:
                 raise InvalidRequest("Content-Type must be image/*, application/octet-stream or multipart/form-data")
             check_counts(len(images), 0, self._limits, "files")
-            return await self._answer(list[Input](images), options, deadline, "files", _key(request), npy=npy)
+            return await self._answer(list[Input](images), options, deadline, "files", key, npy=npy)
 
     async def rank(self, request: Request) -> Response:
         """Rank candidates (texts, images, or both) by their similarity to a query."""
         deadline = read_deadline(request, self._limits.deadline_s)
+        key = _key(request)
+        self._admission.check_key(key, 1)  # before the body is read
         with ExitStack() as held:
-            body = await self._read(Body(request, self._limits, self._admission, held).read(), deadline)
+            body = await self._read(Body(request, self._limits, self._admission, held, key).read(), deadline)
             wanted = parse_json(body, schemas.RankRequest, self._limits)
+            size = len(body)
             del body
             model = self._check_model(wanted.model)
             read = [
@@ -181,8 +189,8 @@ class Ingress:
                 *read_items(wanted.candidates, "text", self._limits, "candidates", urls=self._urls),
             ]
             del wanted
-            inputs = await self._fetched(read, deadline, held)
-            outcomes = await self._embed(inputs, deadline, model["fingerprint"], _key(request))
+            inputs = await self._fetched(read, deadline, held, size, key)
+            outcomes = await self._embed(inputs, deadline, model["fingerprint"], key)
         for number, outcome in enumerate(outcomes):
             if isinstance(outcome, ClipfleetError):
                 return error_response(outcome, "query" if number == 0 else f"candidates[{number - 1}]")
@@ -245,23 +253,37 @@ class Ingress:
         except TimeoutError:
             raise DeadlineExceeded("the deadline passed before the whole request had arrived") from None
 
-    async def _fetched(self, items: Sequence[Input | ImageUrl], deadline: float, held: ExitStack) -> list[Input]:
-        """The items with each address replaced by its image, or by what was wrong with it."""
+    async def _fetched(
+        self, items: Sequence[Input | ImageUrl], deadline: float, held: ExitStack, own: int, key: str | None
+    ) -> list[Input]:
+        """The items with each address replaced by its image, or by what was wrong with it; the request holds `own` bytes."""
+        addresses = sum(isinstance(item, ImageUrl) for item in items)
+        if not addresses:
+            return [item for item in items if not isinstance(item, ImageUrl)]
+        fetched, most = 0, self._limits.body_bytes
 
         async def fetch(address: str) -> Input:
+            nonlocal fetched
             assert self._fetcher is not None  # otherwise read_items gives no addresses
             try:
-                content = await self._fetcher.fetch(address, seconds_left(deadline))
+                content = await self._fetcher.fetch(address, seconds_left(deadline), key)
             except InputError as error:
                 return error
-            held.enter_context(self._admission.hold_bytes(len(content)))
+            if fetched + len(content) > most:
+                raise BodyTooLarge(
+                    f"the images of the request's addresses have over {most:,} bytes, which is the limit of a body; "
+                    "send fewer a request"
+                )
+            held.enter_context(self._admission.hold_bytes(len(content), own + fetched, key))
+            fetched += len(content)
             return content
 
         try:
-            async with asyncio.TaskGroup() as group:  # what is refused ends its siblings
-                found = [
-                    group.create_task(fetch(item.address)) if isinstance(item, ImageUrl) else item for item in items
-                ]
+            with self._admission.hold_key(key, addresses):
+                async with asyncio.TaskGroup() as group:  # what is refused ends its siblings
+                    found = [
+                        group.create_task(fetch(item.address)) if isinstance(item, ImageUrl) else item for item in items
+                    ]
         except ExceptionGroup as failed:
             raise failed.exceptions[0] from None
         return [item.result() if isinstance(item, asyncio.Task) else item for item in found]

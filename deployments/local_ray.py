@@ -14,7 +14,7 @@ import os
 import random
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from clipfleet.errors import SettingsError, SetupError
 from deployments import haproxy_revival
 from deployments.deploying import cause, deploy, schema_of, start_serve, stop, wait_for_proxies, wait_until_running
 from deployments.guardian import start_guardian
-from deployments.haproxy_wrapper import haproxy_binary, haproxy_environment
+from deployments.haproxy_wrapper import haproxy_binary, haproxy_environment, missing_lines
 from deployments.imports import import_serve
 from deployments.private_ray import (
     LOOPBACK,
@@ -118,6 +118,20 @@ def prepare_environment(host: str, port: int, block: int, folder: Path, certific
     set_environment(folder, values)
 
 
+def check_template() -> None:
+    """Raise SetupError if this Ray's template for HAProxy is not the one that our settings are made for: without them requests
+    would be lost, and ports would be open, without anybody noticing."""
+    from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
+
+    if missing := missing_lines(HAPROXY_CONFIG_TEMPLATE):
+        import ray
+
+        raise SetupError(
+            f"Ray {ray.__version__} writes another HAProxy file than the one that clipfleet's settings are made for (it lacks "
+            f"{missing[0].strip()!r}). Install ray[serve]>=2.60,<2.61, or set RAY_SERVE_ENABLE_HA_PROXY=0 to do without HAProxy"
+        )
+
+
 def prepare_worker() -> None:
     """Runs in every worker first of all."""
     import ray._common.tls_utils as tls
@@ -150,11 +164,13 @@ def local_service(
     metrics_port: int = 9464,
     address: str | None = None,
     certificate: str = "",
+    listens: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Service]:
     """Run the application of a Ray Serve config file (as a dict) and yield once all its deployments run.
 
     `address` (or RAY_ADDRESS) names a running Ray: the application is added to that, and nothing else is started or stopped.
-    `certificate` is a PEM file of a certificate chain and its key, for HTTPS.
+    `certificate` is a PEM file of a certificate chain and its key, for HTTPS. `listens` is told the address that a Serve which
+    runs already listens on, before anything is deployed there, and may raise.
     Call it in the main thread before ray is imported. Raises SettingsError for a wrong config; SetupError for a taken port,
     an application that fails (with its own error's line) and replicas that find no room in 60 s; KeyboardInterrupt for Ctrl-C
     or SIGTERM during the start.
@@ -169,6 +185,8 @@ def local_service(
         deployed: Deployed | None = None
         try:
             client, proxies = start_serve(config.get("http_options") or {}, host, port, schema.logging_config)
+            if address:
+                listens(client.http_config.host)
             deployed = Deployed(client, config)
             deploy(client, schema)
             wait_until_running(client, deployed.name)
@@ -199,6 +217,8 @@ def _own_ray(config: dict[str, Any], host: str, port: int, metrics_port: int, ce
     try:
         prepare_environment(host, port, block, folder, certificate)
         import_serve()
+        if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
+            check_template()
         schema_of(config)  # a mistake shows before Ray starts
         start_ray(
             folder,

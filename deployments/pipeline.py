@@ -1,6 +1,6 @@
 """From inputs to vectors: one request's items spread over the decoders and encoders, with retries.
 
-Embedding is idempotent, so a hop whose replica dies is tried again: once a hop, three attempts a request.
+Embedding is idempotent, so a call whose replica dies is made once more, to another one.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -29,7 +28,6 @@ T = TypeVar("T")
 _IMAGES_A_CALL = 8
 _TEXTS_A_CALL = 64
 _BYTES_A_CALL = 16 * 1024 * 1024
-_ATTEMPTS_A_REQUEST = 3
 # gRPC's words for "this call cannot work", which a second try would only repeat.
 _FINAL_STATUSES = (StatusCode.RESOURCE_EXHAUSTED, StatusCode.INVALID_ARGUMENT, StatusCode.UNIMPLEMENTED)
 
@@ -40,18 +38,6 @@ class CheckpointChanged(Unavailable):
 
 class ReplicaLost(Exception):
     """A call's replica died or went away before it answered."""
-
-
-@dataclass
-class Attempts:
-    """Retries that one request has left, over all its hops."""
-
-    left: int = _ATTEMPTS_A_REQUEST - 1
-
-    def take(self) -> bool:
-        """Use up one retry, if there is one."""
-        self.left -= 1
-        return self.left >= 0
 
 
 class Pipeline:
@@ -72,7 +58,6 @@ class Pipeline:
         outcomes: dict[int, Outcome] = {i: item for i, item in enumerate(inputs) if isinstance(item, ClipfleetError)}
         images = {i: len(item) for i, item in enumerate(inputs) if isinstance(item, bytes)}
         texts = [i for i, item in enumerate(inputs) if isinstance(item, str)]
-        attempts = Attempts()
         calls = [
             *((chunk, self._embed_images) for chunk in _spread(images)),
             *((texts[i : i + _TEXTS_A_CALL], self._embed_texts) for i in range(0, len(texts), _TEXTS_A_CALL)),
@@ -80,7 +65,7 @@ class Pipeline:
         try:
             async with asyncio.TaskGroup() as group:  # one failed call ends its siblings
                 tasks = [
-                    (chunk, group.create_task(embed([inputs[i] for i in chunk], deadline, attempts, fingerprint)))
+                    (chunk, group.create_task(embed([inputs[i] for i in chunk], deadline, fingerprint)))
                     for chunk, embed in calls
                 ]
         except ExceptionGroup as failed:
@@ -89,30 +74,26 @@ class Pipeline:
             outcomes.update(zip(chunk, task.result(), strict=True))
         return [outcomes[i] for i in range(len(inputs))]
 
-    async def _embed_texts(
-        self, texts: list[str], deadline: float, attempts: Attempts, fingerprint: str
-    ) -> list[Outcome]:
-        return _checked(await _again(lambda: self.text_encoder.encode.remote(texts, deadline), attempts), fingerprint)
+    async def _embed_texts(self, texts: list[str], deadline: float, fingerprint: str) -> list[Outcome]:
+        return _checked(await _again(lambda: self.text_encoder.encode.remote(texts, deadline)), fingerprint)
 
-    async def _embed_images(
-        self, images: list[bytes], deadline: float, attempts: Attempts, fingerprint: str
-    ) -> list[Outcome]:
-        outcomes = await self._decode(images, deadline, attempts)
+    async def _embed_images(self, images: list[bytes], deadline: float, fingerprint: str) -> list[Outcome]:
+        outcomes = await self._decode(images, deadline)
         good = [i for i, outcome in enumerate(outcomes) if isinstance(outcome, np.ndarray)]
         if good:
             pixels = [outcomes[i] for i in good]
-            encoded = await _again(lambda: self.image_encoder.encode.remote(pixels, deadline), attempts)
+            encoded = await _again(lambda: self.image_encoder.encode.remote(pixels, deadline))
             for i, vector in zip(good, _checked(encoded, fingerprint), strict=True):
                 outcomes[i] = vector
         return outcomes
 
-    async def _decode(self, images: list[bytes], deadline: float, attempts: Attempts) -> list[Any]:
+    async def _decode(self, images: list[bytes], deadline: float) -> list[Any]:
         try:
             return await _call(self.decoder.decode.remote(images, deadline))
         except ReplicaLost:
             logger.warning("a decoder died with {} images; trying them in a process of their own", len(images))
         # One of these images may be what killed it, so none goes near another replica's process again.
-        return await _again(lambda: self.decoder.decode_apart.remote(images, deadline), attempts)
+        return await _again(lambda: self.decoder.decode_apart.remote(images, deadline))
 
 
 def _checked(encoded: Encoded, fingerprint: str) -> list[Outcome]:
@@ -135,12 +116,10 @@ def _spread(images: dict[int, int]) -> list[list[int]]:
     return chunks
 
 
-async def _again(call: Callable[[], Awaitable[Any]], attempts: Attempts) -> Any:
+async def _again(call: Callable[[], Awaitable[Any]]) -> Any:
     try:
         return await _call(call())
     except ReplicaLost as lost:
-        if not attempts.take():
-            raise Unavailable("replicas died while they worked on this request; try again", retry_after=1) from lost
         logger.warning("trying again after: {}", lost)
     try:
         return await _call(call())

@@ -44,11 +44,18 @@ def serve_until_stopped(
     """
     http = config.get("http_options") or {}
     listen: str = host or http.get("host", "127.0.0.1")
-    needs_keys = not (open_to_all or _is_loopback(listen))
+    public: str | None = None
 
     def prepared(config: dict[str, Any]) -> dict[str, Any]:
-        return _prepared(config, model, listen if needs_keys else None)
+        return _prepared(config, model, public)
 
+    def listens(address: str) -> None:
+        nonlocal public
+        if not (open_to_all or _is_loopback(address)):
+            public = address
+            prepared(config)
+
+    listens(listen)
     config = prepared(config)
     certificate = _check_certificate(tls) if tls else ""
     try:
@@ -60,6 +67,7 @@ def serve_until_stopped(
                 port=port or http.get("port", 8000),
                 metrics_port=metrics_port,
                 certificate=certificate,
+                listens=listens,  # a Serve that runs already may listen elsewhere
             ) as service,
         ):
             wait_until_ready(service, _prefix(config))

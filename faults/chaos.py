@@ -209,7 +209,7 @@ def other_processes(seconds: float) -> list[Row]:
 def leaving_clients(count: int = 500) -> list[Row]:
     """Clients that go away in mid-upload, in the queue and in the forward pass; slow uploads; half-open connections."""
     shown = pictures("tiny")
-    fault = f"{count} clients that leave, 16 uploads of a byte a second, 32 half-open connections, tiny"
+    fault = f"{count} clients that leave, 16 uploads of a byte a second, 600 half-open connections, tiny"
     with serve(config({}), "tiny") as served:
         # The first time pools and buffers grow to what such clients need. What grew again the second time would be lost.
         first = row_of(fault, count, _leaving(served, shown, count))
@@ -234,7 +234,7 @@ def _leaving(served: Served, shown: Sequence[Picture], count: int) -> Seen:
         slow = [threading.Thread(target=_slow_upload, args=(served.port, 20), daemon=True) for _ in range(16)]
         for thread in slow:
             thread.start()
-        half_open = [socket.create_connection(("127.0.0.1", served.port)) for _ in range(32)]
+        half_open = [socket.create_connection(("127.0.0.1", served.port)) for _ in range(600)]
         for number in range(count):
             leave(served.port, shown[number % len(shown)].body, ("upload", "queue", "work")[number % 3])
         for thread in slow:

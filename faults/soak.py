@@ -10,7 +10,7 @@ import random
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,10 +26,13 @@ from faults.served import config, serve
 WARM_UP = 0.25  # of the time: caches fill and pools grow
 EVERY_S = 5.0
 SLOPE_MB_H = 20.0  # what a process may grow an hour within the noise of its measurement
-SLOPE_NUMBER = 5.0  # a pool's thread that starts late is one step, whose slope over 22 minutes is up to 4 an hour
+MORE = 2  # threads of pools that start late, Ray's among them
 CACHE_BYTES = 4 * 2**20  # of texts' vectors: full before the warm-up ends
 CLIENTS = 8
 PORT = 8500
+
+Points = list[tuple[float, float]]  # (seconds, value)
+Samples = dict[str, dict[str, Points]]  # of memory, descriptors and threads, by a process's name and id
 
 
 def measure(seconds: float, seed: int) -> list[Row]:
@@ -51,13 +54,7 @@ def measure(seconds: float, seed: int) -> list[Row]:
     bad = {what: count for what, count in seen.items() if what.startswith(("5", "error"))}
     answered = ", ".join(f"{what} {count}" for what, count in seen.most_common())
     rows = [Row(f"mixed load for {seconds / 60:.0f} minutes", f"{CLIENTS} clients", 1, answered, alive and not bad)]
-    for what, unit, most in (
-        ("memory", "MB", SLOPE_MB_H),
-        ("descriptors", "", SLOPE_NUMBER),
-        ("threads", "", SLOPE_NUMBER),
-    ):
-        rows.append(_trend(samples, what, unit, most))
-    return rows
+    return [*rows, _trend(samples), _leak(samples, "descriptors"), _leak(samples, "threads"), _replaced(samples)]
 
 
 def _client(port: int, shown: Sequence[bytes], seed: int, seen: Counter[str], stop: threading.Event) -> None:
@@ -87,18 +84,16 @@ def _client(port: int, shown: Sequence[bytes], seed: int, seen: Counter[str], st
     connection.close()
 
 
-def _watch(pid: int, seconds: float) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """For memory, descriptors and threads: a process's (seconds, value), by its name and id."""
-    samples: dict[str, dict[str, list[tuple[float, float]]]] = {
-        what: defaultdict(list) for what in ("memory", "descriptors", "threads")
-    }
+def _watch(pid: int, seconds: float) -> Samples:
+    samples: Samples = {what: defaultdict(list) for what in ("memory", "descriptors", "threads")}
+    names: dict[int, str] = {}
     began = time.monotonic()
     while (now := time.monotonic() - began) < seconds:
         for process, name in below(pid).items():
             home = Path("/proc", str(process))
             with suppress(OSError, ValueError):
                 status = dict(line.split(":", 1) for line in (home / "status").read_text().splitlines() if ":" in line)
-                key = f"{name} {process}"
+                key = names.setdefault(process, f"{name} {process}")  # an actor's title has what it does besides
                 samples["memory"][key].append((now, int(status["VmRSS"].split()[0]) / 1024))
                 samples["threads"][key].append((now, float(status["Threads"])))
                 samples["descriptors"][key].append((now, len(os.listdir(home / "fd"))))
@@ -108,20 +103,59 @@ def _watch(pid: int, seconds: float) -> dict[str, dict[str, list[tuple[float, fl
     return samples
 
 
-def _trend(samples: dict[str, dict[str, list[tuple[float, float]]]], what: str, unit: str, most: float) -> Row:
-    """The steepest rise of any process after the warm-up, with the confidence of its slope (least squares, 95%)."""
+def _trend(samples: Samples) -> Row:
+    """The steepest rise of any process's memory after the warm-up, with the confidence of its slope (least squares, 95%).
+
+    Of each minute the least counts: what a request in flight takes comes back.
+    """
     slopes = {}
-    for name, points in samples[what].items():
-        at, value = np.array(points).T
-        later = at > WARM_UP * at[-1]
-        if later.sum() < 10:
+    for name, points in samples["memory"].items():
+        least = _least_of_minutes(_later(points, samples["memory"]))
+        if len(least) < 5:
             continue
-        at, value = at[later] / 3600, value[later]
+        at, value = np.array(list(least)) / 60, np.array(list(least.values()))
         slope, offset = np.polyfit(at, value, 1)
         rest = value - (slope * at + offset)
         error = 1.96 * np.sqrt((rest**2).sum() / (len(at) - 2) / ((at - at.mean()) ** 2).sum())
         slopes[name] = float(slope), float(error)
-    worst = sorted(slopes.items(), key=lambda item: -(item[1][0] - item[1][1]))[:3]
+    worst = sorted(slopes.items(), key=lambda item: -(item[1][0] - item[1][1]))[:4]
     listed = ", ".join(f"{name} {slope:+.1f} ± {error:.1f}" for name, (slope, error) in worst)
-    kept = all(slope - error <= most for slope, error in slopes.values())
-    return Row(f"growth of {what}, {unit or 'number'} an hour", f"{len(slopes)} processes", 1, listed, kept)
+    kept = bool(slopes) and all(slope - error <= SLOPE_MB_H for slope, error in slopes.values())
+    return Row("growth of memory, MB an hour", f"{len(slopes)} processes", 1, listed, kept)
+
+
+def _leak(samples: Samples, what: str) -> Row:
+    """How many more descriptors or threads a process never falls below in the last third than it ever had in the first."""
+    more = {}
+    for name, points in samples[what].items():
+        later = _later(points, samples[what])
+        third = len(later) // 3
+        if third >= 3:
+            more[name] = min(value for _, value in later[-third:]) - max(value for _, value in later[:third])
+    worst = sorted(more.items(), key=lambda item: -item[1])[:3]
+    listed = ", ".join(f"{name} {number:+.0f}" for name, number in worst)
+    kept = bool(more) and all(number <= MORE for number in more.values())
+    return Row(f"{what} that stay, after the warm-up", f"{len(more)} processes", 1, listed, kept)
+
+
+def _later(points: Points, of_all: Mapping[str, Points]) -> Points:
+    end = max(points[-1][0] for points in of_all.values())
+    return [(at, value) for at, value in points if at > WARM_UP * end]
+
+
+def _least_of_minutes(points: Points) -> dict[int, float]:
+    least: dict[int, float] = {}
+    for at, value in points:
+        least[int(at // 60)] = min(value, least.get(int(at // 60), value))
+    return least
+
+
+def _replaced(samples: Samples) -> Row:
+    """Processes that began or ended after the warm-up, such as a replica that died: their memory says nothing."""
+    end = max(points[-1][0] for points in samples["memory"].values())
+    changed = [
+        name
+        for name, points in samples["memory"].items()
+        if points[0][0] > WARM_UP * end or points[-1][0] < end - 3 * EVERY_S
+    ]
+    return Row("processes that began or ended", "", 1, ", ".join(changed) or "none", not changed)

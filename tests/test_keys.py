@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +34,45 @@ def test_a_revoked_key_is_gone(tmp_path: Path) -> None:
     assert KeyRing((), str(file)).name_of(key) is None
     with pytest.raises(SettingsError, match="there is no key 'one'; there are two"):
         revoke_key(file, "one")
+
+
+def test_the_file_keeps_its_mode_its_link_and_its_comments(tmp_path: Path) -> None:
+    real, link = tmp_path / "real", tmp_path / "link"
+    add_key(real, "one")
+    real.chmod(0o640)
+    real.write_text(f"# of the shop\n\n{real.read_text()}")
+    link.symlink_to(real)
+    add_key(link, "two")
+    revoke_key(link, "one")
+    assert link.is_symlink() and list(read_keys(real)) == ["two"]
+    assert real.stat().st_mode & 0o777 == 0o640
+    assert real.read_text().startswith("# of the shop\n\n")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_the_file_keeps_its_owner(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    add_key(file, "one")
+    os.chown(file, 1234, 1234)
+    add_key(file, "two")
+    revoke_key(file, "one")
+    assert (file.stat().st_uid, file.stat().st_gid) == (1234, 1234)
+
+
+def test_commands_at_once_lose_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    code = (
+        "import sys; from clipfleet.keys import add_key, revoke_key; "
+        "f, n = sys.argv[1:]; add_key(f, n); add_key(f, n + '-b'); revoke_key(f, n)"
+    )
+    adding = [subprocess.Popen([sys.executable, "-c", code, str(file), f"name{number}"]) for number in range(6)]
+    assert [process.wait(60) for process in adding] == [0] * 6
+    assert sorted(read_keys(file)) == [f"name{number}-b" for number in range(6)]
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="cannot be written"):
+        add_key(tmp_path / "nowhere" / "keys", "one")
 
 
 def test_names_are_taken_once_and_plain(tmp_path: Path) -> None:

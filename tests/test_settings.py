@@ -204,3 +204,19 @@ def test_deployments_that_cannot_work(deployment: dict[str, Any], word: str) -> 
     listed.append(deployment)
     with pytest.raises(SettingsError, match=word):
         check_config(config, "mine")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"api_keys": "topsecret"},
+        {"api_keys": ["topsecret", "topsecret "]},
+        {"api_keys": ["topsecret", 3]},
+        {"api_keys": ["topsecret"], "engine": "openvino", "device": "cuda"},
+        {"api_keys": ["topsecret"], "gpus": 3},
+    ],
+)
+def test_no_message_shows_a_key(args: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError) as caught:
+        service_settings(args)
+    assert "topsecret" not in str(caught.value) and "args" in str(caught.value)

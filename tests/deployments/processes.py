@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -94,9 +95,8 @@ def private_folder() -> Iterator[Path]:
 
     What is left is ended, by its own id, before the test fails.
     """
-    # Short, because a Unix socket's path may have 107 bytes.
-    folder = Path(f"/tmp/t{os.getpid()}-{time.monotonic_ns() % 1_000_000}")
-    folder.mkdir()
+    # 14 letters: in a longer one an instance has its own folder elsewhere, because a Unix socket's path may have 107 bytes.
+    folder = Path(tempfile.mkdtemp(prefix="t", dir="/tmp"))
     try:
         yield folder
         left = of_folder(folder)

@@ -106,3 +106,15 @@ def test_few_in_flight_say_nothing_of_what_can_be_done(monkeypatch: pytest.Monke
             clock.now += 0.1
     with held.hold_items(60, 0, 30), held.hold_items(1000, 0, 1):
         clock.now += 1
+
+
+def test_a_key_has_half_of_the_bytes_where_its_items_are_limited() -> None:
+    held = Admission(LimitSettings(inflight_bytes=100, inflight_items_per_key=10))
+    with held.hold_bytes(40, key="a"):
+        with pytest.raises(Overloaded, match="40 bytes of this API key's"), held.hold_bytes(11, key="a"):
+            pass
+        with held.hold_bytes(50, own=40, key="a"), held.hold_bytes(10, key="b"):
+            pass
+    held = Admission(LimitSettings(inflight_bytes=100))
+    with held.hold_bytes(40, key="a"), held.hold_bytes(60, key="a"):
+        pass

@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
+import io
+import itertools
+import json
 import os
 import re
 import signal
 import socket
+import sqlite3
 import ssl
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from PIL import ExifTags, Image
 
-from clipfleet import Client, ClipfleetError
-from clipfleet.client import _parts
+from clipfleet import AsyncClient, Client, ClipfleetError
 from clipfleet.errors import (
+    Closed,
     DeadlineExceeded,
     EmptyInput,
     FingerprintMismatch,
     ImageCorrupt,
     ImageFormatUnsupported,
+    ImageNotFound,
     InvalidRequest,
     ModelNotFound,
     Overloaded,
@@ -30,7 +42,8 @@ from clipfleet.errors import (
     SettingsError,
     Unavailable,
 )
-from clipfleet.vectors import to_npy
+from clipfleet.vectors import to_base64
+from clipfleet.wire import Packer, png
 from tests.deployments.broken import BROKEN
 from tests.deployments.front import CUT, answer, front
 from tests.deployments.listener import Listener, in_thread
@@ -72,11 +85,19 @@ class TestVectors:
         assert np.abs(found - np.tile(library.images(large), (3, 1))).max() <= 1e-5
 
     def test_parts_keep_order_and_limits(self) -> None:
-        sizes = [20, 20, 3, 40, 1, 1] + [0] * 7
-        parts = list(_parts([size * 2**20 for size in sizes], 4, lambda size: size))
-        assert [first for first, _ in parts] == [0, 1, 3, 4, 8, 12]
-        assert [len(part) for _, part in parts] == [1, 2, 1, 4, 4, 1]
-        assert list(_parts([], 4, len)) == []
+        packer = Packer("images")
+        large, larger, address = (
+            np.zeros((1024, 20480), np.uint8),
+            np.zeros((1024, 40960), np.uint8),
+            "https://a.example/b",
+        )
+        items = [large, large, b"", larger, *[b""] * 70, address, address, b"", *[address] * 65]
+        parts = [part for part in [*map(packer.add, items), packer.rest()] if part is not None]
+        assert [(part.kind, part.first, len(part.items)) for part in parts] == [
+            ("files", 0, 1), ("files", 1, 2), ("files", 3, 1), ("files", 4, 64), ("files", 68, 6),
+            ("addresses", 74, 2), ("files", 76, 1), ("addresses", 77, 64), ("addresses", 141, 1),
+        ]  # fmt: skip
+        assert packer.rest() is None
 
     def test_lower_limits_than_the_defaults_are_learnt_from_refusals(
         self, service: Service, library: Library, files: list[bytes]
@@ -85,6 +106,152 @@ class TestVectors:
             with Client(way.url) as client:
                 assert np.abs(client.embed_images(files[:5]) - library.images(files[:5])).max() <= 1e-5
             assert way.connections == 3
+
+    def test_every_kind_of_image(self, client: Client, library: Library, picture_files: list[Path]) -> None:
+        content = picture_files[0].read_bytes()
+        with Image.open(picture_files[0]) as opened:
+            pixels = np.asarray(opened.convert("RGB"))
+            kinds: list[Any] = [
+                picture_files[0], str(picture_files[0]), content, bytearray(content), memoryview(content), opened, pixels,
+                opened.convert("CMYK").convert("RGB"), "data:image/png;base64," + base64.b64encode(content).decode(),
+            ]  # fmt: skip
+            found = client.embed_images(kinds)
+        assert np.abs(found - library.images([content])).max() <= 1e-5
+
+    @pytest.mark.parametrize("shape", [(30, 40), (30, 40, 1), (30, 40, 3), (30, 40, 4), (1, 1, 3)])
+    def test_an_array_is_the_png_that_pillow_reads(self, shape: tuple[int, ...]) -> None:
+        array = np.random.default_rng(1).integers(0, 256, shape, np.uint8)
+        with Image.open(io.BytesIO(png(array))) as opened:
+            assert np.array_equal(np.asarray(opened), array.reshape(shape[:2]) if shape[2:] == (1,) else array)
+
+    def test_a_pil_image_keeps_its_orientation(self, client: Client, library: Library) -> None:
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = 6
+        content = encode(picture("RGB", 300, 200), "PNG", exif=exif)
+        with Image.open(io.BytesIO(content)) as opened:
+            found = client.embed_images([opened, opened.convert("CMYK").convert("RGB")])
+        assert np.abs(found[0] - library.images([content])[0]).max() <= 1e-5
+
+    @pytest.mark.parametrize("wrong", [np.zeros((4, 4, 2), np.uint8), np.zeros((4, 4, 3)), 3, None, ["a"]])
+    def test_what_is_no_image(self, client: Client, wrong: Any) -> None:
+        with pytest.raises(TypeError, match="image"):
+            client.embed_images([b"", wrong])
+
+    def test_a_progress_bar_on_stderr(self, client: Client, capfd: pytest.CaptureFixture[str]) -> None:
+        client.embed_texts(["a", "b"], progress=True)
+        assert "2/2" in capfd.readouterr().err
+        client.embed_texts(["a", "b"])
+        assert capfd.readouterr().err == ""
+
+    def test_rank_and_models(self, client: Client, files: list[bytes]) -> None:
+        ranked = client.rank(files[0], ["a red circle", files[1], files[0]])
+        assert ranked[0].index == 2 and ranked[0].score == pytest.approx(1, abs=1e-5)
+        assert sum(each.probability for each in ranked) == pytest.approx(1, abs=1e-5)
+        assert [model["id"] for model in client.models()] == ["tiny"]
+
+
+class TestStreams:
+    def test_errors_have_their_places(
+        self, client: Client, library: Library, files: list[bytes], tmp_path: Path
+    ) -> None:
+        items = [files[number % 12] for number in range(100)]
+        items[3], items[80] = BROKEN["cut JPEG"].data, BROKEN["PDF"].data
+        found = list(client.stream_images([*items, tmp_path / "nothing.png"]))
+        assert [each.index for each in found] == list(range(101))
+        errors = {each.index: type(each.error) for each in found if each.error is not None}
+        assert errors == {3: ImageCorrupt, 80: ImageFormatUnsupported, 100: ImageNotFound}
+        assert all(each.error.index == each.index for each in found if each.error is not None)
+        expected = library.images(files)
+        good = [each for each in found if each.vector is not None]
+        assert len({each.fingerprint for each in good}) == 1
+        assert max(np.abs(each.vector - expected[each.index % 12]).max() for each in good) <= 1e-5
+        partial = client.embed_images([*items, tmp_path / "nothing.png"], on_error="partial")
+        assert list(np.flatnonzero(np.isnan(partial).all(1))) == [3, 80, 100]
+        assert client.embed_images([b"none"], on_error="partial").shape == (1, 512), "the dimension is the model's"
+
+    def test_texts_that_are_cut_say_so(self, client: Client) -> None:
+        assert [each.truncated for each in client.stream_texts(["a", "word " * 200])] == [False, True]
+        assert isinstance(list(client.stream_texts(["a", ""]))[1].error, EmptyInput)
+
+    def test_an_endless_source_is_drawn_from_as_needed(self, service: Service) -> None:
+        drawn = itertools.count()
+        with Client(service.url, concurrency=2) as client:
+            stream = client.stream_texts(f"text {next(drawn)}" for _ in itertools.repeat(None))
+            assert [next(stream).index for _ in range(3000)] == list(range(3000))
+            stream.close()
+        assert next(drawn) <= 2048 * 4 + 1
+
+    def test_the_source_is_drawn_from_in_the_callers_thread(self, client: Client) -> None:
+        connection = sqlite3.connect(":memory:")  # refuses other threads
+        rows = connection.execute("SELECT 'a red circle' UNION SELECT 'a blue star'")
+        assert client.embed_texts(text for (text,) in rows).shape == (2, 512)
+        connection.close()
+
+    def test_a_source_that_raises(self, client: Client) -> None:
+        def source() -> Iterator[str]:
+            yield from ["a"] * 5000
+            raise LookupError("no more")
+
+        with pytest.raises(LookupError):
+            client.embed_texts(source())
+        assert client.embed_texts(["a"]).shape == (1, 512)
+
+    def test_threads_share_a_client(self, client: Client, library: Library) -> None:
+        texts = [f"thing {number}" for number in range(32)]
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda text: client.embed_texts([text])[0], texts))
+        assert np.abs(np.stack(found) - library.texts(texts)).max() <= 1e-5
+
+    def test_after_its_end(self, service: Service) -> None:
+        with Client(service.url) as client:
+            client.embed_texts(["a"])
+        with pytest.raises(Closed):
+            client.embed_texts(["a"])
+        assert not any(thread.name == "clipfleet-client" for thread in threading.enumerate())
+
+    def test_a_forgotten_one_ends_with_its_process(self, service: Service) -> None:
+        code = f"from clipfleet import Client; c = Client({service.url!r}); print(c.embed_texts(['a']).shape)"
+        done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "(1, 512)\n", "")
+
+    @pytest.mark.parametrize("concurrency", [0, -1])
+    def test_no_concurrency(self, concurrency: int) -> None:
+        with pytest.raises(SettingsError, match="concurrency"):
+            Client("http://127.0.0.1:9", concurrency=concurrency)
+
+
+class TestAsync:
+    def test_the_same_as_the_other(self, service: Service, library: Library, files: list[bytes]) -> None:
+        async def letters() -> AsyncIterator[str]:
+            for letter in "abc":
+                await asyncio.sleep(0)
+                yield letter
+
+        async def ask() -> None:
+            async with AsyncClient(service.url) as client:
+                images, texts = await asyncio.gather(client.embed_images(files), client.embed_texts(letters()))
+                assert np.abs(images - library.images(files)).max() <= 1e-5
+                assert np.abs(texts - library.texts(["a", "b", "c"])).max() <= 1e-5
+                streamed = [each.error async for each in client.stream_images([files[0], b"none"])]
+                assert streamed[0] is None and isinstance(streamed[1], ImageFormatUnsupported)
+                assert (await client.rank("a", ["b", "a"]))[0].index == 1
+                assert (await client.models())[0]["id"] == "tiny"
+                with pytest.raises(ImageFormatUnsupported):
+                    await client.embed_images([b"none"])
+
+        asyncio.run(ask())
+
+    def test_what_is_left_in_the_middle_is_cancelled(self, service: Service) -> None:
+        async def ask() -> None:
+            async with AsyncClient(service.url) as client:
+                stream = client.stream_texts(f"text {number}" for number in range(20_000))
+                async for each in stream:
+                    assert each.index == 0
+                    break
+                await stream.aclose()
+                assert len(asyncio.all_tasks()) == 1
+
+        asyncio.run(ask())
 
 
 class TestErrors:
@@ -98,9 +265,9 @@ class TestErrors:
         assert caught_pdf.value.index == 0
 
     def test_what_is_no_list_of_items(self, client: Client, tmp_path: Path) -> None:
-        with pytest.raises(TypeError, match="list of texts, not str"):
+        with pytest.raises(TypeError, match="list of texts is needed, not one str"):
             client.embed_texts("a red circle")
-        with pytest.raises(TypeError, match="list of images, not bytes"):
+        with pytest.raises(TypeError, match="list of images is needed, not one bytes"):
             client.embed_images(b"an image")  # type: ignore[arg-type]
         with pytest.raises(EmptyInput):
             client.embed_images([])
@@ -254,10 +421,15 @@ class TestFaultsOnTheWay:
 
 
 def test_a_checkpoint_that_changes_in_the_middle_of_a_list(service: Service, files: list[bytes]) -> None:
-    body = to_npy(np.ones((64, 512), np.float32))
-    head = "HTTP/1.1 200 OK\r\nContent-Type: application/x-npy\r\nX-Clipfleet-Fingerprint: f00d\r\n"
+    row = {"embedding": to_base64(np.ones(512, np.float32))}
+    body = json.dumps({"data": [row] * 64, "fingerprint": "f00d"}).encode()
+    head = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
     first = f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body
-    with front(service.port, first) as way, Client(way.url) as client, pytest.raises(FingerprintMismatch, match="f00d"):
+    with (
+        front(service.port, first) as way,
+        Client(way.url, concurrency=1) as client,
+        pytest.raises(FingerprintMismatch, match="f00d"),
+    ):
         client.embed_images([files[0]] * 65)
 
 

@@ -9,7 +9,7 @@ from ipaddress import ip_address
 
 import pytest
 
-from clipfleet.errors import ClipfleetError, ImageNotFetched, ImageTooManyBytes, ImageUrlForbidden
+from clipfleet.errors import ClipfleetError, ImageNotFetched, ImageTooManyBytes, ImageUrlForbidden, Overloaded
 from clipfleet.settings import UrlSettings
 from deployments.fetching import Fetcher, is_public
 from tests.deployments.listener import IMAGE, LARGE, Listener, listening
@@ -175,3 +175,22 @@ def test_a_name_that_changes_its_address_after_the_check(listener: Listener, mon
 @pytest.mark.parametrize("address", ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::8.8.8.8"])
 def test_addresses_of_the_internet_are_public(address: str) -> None:
     assert is_public(ip_address(address))
+
+
+def test_slow_servers_of_one_key_do_not_stop_another(listener: Listener) -> None:
+    settings = UrlSettings(enabled=True, ports=(listener.port,), allowed_networks=LOCAL, timeout_s=20, at_once=4)
+
+    async def ask() -> None:
+        fetcher = Fetcher(settings, MOST)
+        base = f"http://127.0.0.1:{listener.port}"
+        slow = [asyncio.create_task(fetcher.fetch(f"{base}/slow", 20, "importer")) for _ in range(20)]
+        await asyncio.sleep(0.2)
+        assert await fetcher.fetch(f"{base}/image", 5, "shop") == IMAGE
+        with pytest.raises(Overloaded):
+            await fetcher.fetch(f"{base}/image", 0.5, "importer")
+        for task in slow:
+            task.cancel()
+        await asyncio.gather(*slow, return_exceptions=True)
+        await fetcher.close()
+
+    asyncio.run(ask())

@@ -5,8 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 
-from deployments.haproxy_wrapper import BUFFER_BYTES, edit, edit_file, with_buffers, with_servers
+from deployments.haproxy_wrapper import (
+    BUFFER_BYTES,
+    edit,
+    edit_file,
+    missing_lines,
+    most_in_use,
+    with_buffers,
+    with_servers,
+)
 
 SERVER = "    server SERVE_REPLICA_clipfleet-Ingress-{} 127.0.0.1:{} check observe layer4\n"
 
@@ -45,10 +54,19 @@ def test_servers_that_serve_leaves_out_for_a_moment_stay(tmp_path: Path) -> None
 
 
 def test_requests_are_refused_before_connections_run_out(tmp_path: Path) -> None:
-    generated = "global\n    maxconn 400\nfrontend http_frontend\n    use_backend http-clipfleet if is_http-clipfleet\n"
+    head = "global\n    tune.bufsize 4325376\n"
+    generated = f"{head}frontend http_frontend\n    use_backend http-clipfleet if is_http-clipfleet\n"
     edited = edit(generated, tmp_path, "127.0.0.1", "8000")
     rule, use = edited.splitlines()[-2:]
     assert rule.startswith(f"    http-request return status 429 errorfile {tmp_path}/429.http if")
-    assert "{ be_conn(http-clipfleet) ge 300 } !{ path /healthz /readyz }" in rule
+    most = most_in_use(4325376)
+    assert f"{{ be_conn(http-clipfleet) ge {most * 3 // 4} }} !{{ path /healthz /readyz }}" in rule
+    assert f"    tune.buffers.limit {2 * most}" in edited.splitlines()
     assert use == "    use_backend http-clipfleet if is_http-clipfleet"
     assert edit(edited, tmp_path, "127.0.0.1", "8000") == edited
+
+
+def test_a_template_that_is_not_ours() -> None:
+    assert missing_lines(HAPROXY_CONFIG_TEMPLATE) == []
+    other = HAPROXY_CONFIG_TEMPLATE.replace("    option splice-response\n", "")
+    assert [line.splitlines()[0] for line in missing_lines(other)] == ["    option splice-request"]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import time
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import repeat
@@ -14,6 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from faults.mutate import mutants
 from tests.deployments.raw import Answer, chunked, request, send
 from tests.deployments.service import Service
 from tests.deployments.test_http_embeddings import refused, vectors
@@ -254,6 +257,7 @@ class TestBodies:
             ("overlong UTF-8", b'{"input": "\xc0\xaf"}', 400, "invalid_request"),
             ("UTF-16", '{"input": "a"}'.encode("utf-16"), 400, "invalid_request"),
             ("a byte order mark", b'\xef\xbb\xbf{"input": "a"}', 400, "invalid_request"),
+            ("strings without signs", b'{"a": "' + b"," * 6000 + b'"' + b'""' * (20 * 10**6), 413, "too_many_items"),
             ("two bodies", b'{"input": "a"}{"input": "b"}', 400, "invalid_request"),
         ],
         ids=lambda value: value if isinstance(value, str) else "",
@@ -282,6 +286,15 @@ class TestBodies:
         for body, param in (({"input": item}, "input"), ({"input": ["a", item]}, "input[1]")):
             error = http.post("/v1/embeddings", json=body).json()["error"]
             assert said in error["message"] and error["param"] == param
+
+    def test_damaged_files_are_the_clients_fault(self, service: Service, http: httpx.Client) -> None:
+        """Of a few; `make fuzz` sends thousands."""
+        statuses = Counter(
+            http.post("/v1/embeddings/images", content=data, headers={"Content-Type": "image/jpeg"}).status_code
+            for data in itertools.islice(mutants(2611), 150)
+        )
+        assert set(statuses) <= {200, 413, 415, 422} and len(statuses) > 2, statuses
+        assert http.get("/readyz").status_code == 200
 
     def test_a_field_given_twice_counts_the_last_time(self, http: httpx.Client) -> None:
         body = b'{"input": "a red circle", "model": "other", "input": ["a", "b"], "model": "tiny"}'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import httpx
 import pytest
 import yaml
 
+from faults.chaos import leave
 from tests.deployments.processes import Process, alive, of_folder, private_folder, until
 from tests.deployments.service import BIN, ROOT, Service, free_ports, running
 from tests.pictures import encode, picture
@@ -113,28 +115,39 @@ def test_its_port_is_taken_for_a_second_one(service: Service) -> None:
     assert f":{service.port}" in refused("demo", "--port", str(service.port), "--metrics-port", str(other))
 
 
-def _load(service: Service, stop: threading.Event, body: bytes, answers: list[int | str]) -> None:
-    with service.client(headers={"Content-Type": "image/png"}) as http:
+def _load(
+    service: Service, stop: threading.Event, answers: list[int | str], path: str, request: dict[str, Any]
+) -> None:
+    with service.client() as http:
         while not stop.is_set():
+            # Texts that no cache has.
+            texts = [f"{random.random()} of many words" for _ in range(request.get("input", 0))]
             try:
-                answers.append(http.post("/v1/embeddings/images", content=body).status_code)
+                answers.append(http.post(path, **({"json": {"input": texts}} if texts else request)).status_code)
             except Exception as error:
                 answers.append(repr(error))
 
 
-@pytest.mark.parametrize("deployment", ["ImageDecoder", "ImageEncoder"])
-def test_a_killed_replica_fails_no_request(service: Service, files: list[bytes], deployment: str) -> None:
+@pytest.mark.parametrize(
+    ("deployment", "items"), [("ImageDecoder", 1), ("ImageDecoder", 16), ("ImageEncoder", 16), ("TextEncoder", 400)]
+)
+def test_a_killed_replica_fails_no_request(service: Service, files: list[bytes], deployment: str, items: int) -> None:
+    """Nor one of many items, all of which the replica had in hand."""
     stop = threading.Event()
     answers: list[int | str] = []
-    clients = [threading.Thread(target=_load, args=(service, stop, body, answers)) for body in files[:8]]
+    path: str = "/v1/embeddings/images"
+    requests: list[dict[str, Any]] = [{"files": [("files", ("a", body))] * items} for body in files[:8]]
+    if deployment == "TextEncoder":
+        path, requests = "/v1/embeddings", [{"input": items}] * 8
+    clients = [threading.Thread(target=_load, args=(service, stop, answers, path, request)) for request in requests]
     for thread in clients:
         thread.start()
     try:
-        until(lambda: len(answers) > 40, 60, "answers before the kill")
+        until(lambda: len(answers) > (40 if items == 1 else 4), 60, "answers before the kill")
         (victim,) = service.replicas(deployment)
         os.kill(victim.pid, signal.SIGKILL)
         so_far = len(answers)
-        until(lambda: len(answers) > so_far + 100, 90, "answers after the kill")
+        until(lambda: len(answers) > so_far + (100 if items == 1 else 16), 90, "answers after the kill")
     finally:
         stop.set()
         for thread in clients:
@@ -142,6 +155,20 @@ def test_a_killed_replica_fails_no_request(service: Service, files: list[bytes],
     assert set(answers) == {200}
     (successor,) = service.replicas(deployment)
     assert successor.pid != victim.pid
+
+
+def test_clients_that_leave_and_idle_connections_stop_nobody(service: Service, files: list[bytes]) -> None:
+    idle = [socket.create_connection(("127.0.0.1", service.port)) for _ in range(1500)]
+    try:
+        for connection in idle[:100]:  # these take a buffer each
+            connection.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: here\r\n")
+        for number in range(60):
+            leave(service.port, files[number % 12], ("upload", "queue", "work")[number % 3])
+        with service.client() as http:
+            assert {http.post("/v1/embeddings", json={"input": f"idle {n}"}).status_code for n in range(20)} == {200}
+    finally:
+        for connection in idle:
+            connection.close()
 
 
 def _embed(port: int, images: list[bytes]) -> int:

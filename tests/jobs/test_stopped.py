@@ -72,7 +72,7 @@ def test_stopped_and_killed_in_every_way_and_finished(source: Path, tmp_path: Pa
         assert command.wait(SECONDS) == 1
         rows = len(read(tmp_path))
         assert said(command) == [
-            "clipfleet: stopping: finishing what is in flight, 30 s at most",
+            "clipfleet: stopping: finishing what is in flight, 30 s at most; once more stops at once",
             f"clipfleet: stopped: {rows} of {COUNT} images are done. {GOES_ON}",
         ]
     assert len(parts(tmp_path)) > before and rows < COUNT

@@ -1,0 +1,182 @@
+"""A service with API keys, limits and two ingresses: who is let in, who is refused, and what happens to it under load."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from clipfleet.keys import add_key, revoke_key
+from tests.deployments.processes import until
+from tests.deployments.service import ROOT, Service, serving
+from tests.library import Library
+from tests.pictures import encode, picture
+
+PER_KEY, IN_ALL = 8, 12
+
+
+@pytest.fixture(scope="module")
+def keys_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("keys") / "keys.txt"
+
+
+@pytest.fixture(scope="module")
+def keys(keys_file: Path) -> dict[str, str]:
+    return {name: add_key(keys_file, name) for name in ("shop", "importer", "old")}
+
+
+@pytest.fixture(scope="module")
+def keyed(keys_file: Path, keys: dict[str, str]) -> Iterator[Service]:
+    config = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
+    application = config["applications"][0]
+    application["args"] |= {
+        "api_keys_file": str(keys_file),
+        "limits": {"inflight_items": IN_ALL, "inflight_items_per_key": PER_KEY},
+    }
+    next(d for d in application["deployments"] if d["name"] == "Ingress")["num_replicas"] = 2
+    file = keys_file.with_name("keyed.yaml")
+    file.write_text(yaml.safe_dump(config))
+    assert keys
+    with serving(file) as service:
+        yield service
+
+
+def _client(service: Service, key: str) -> httpx.Client:
+    return service.client(headers={"Authorization": f"Bearer {key}", "Accept": "application/x-npy"})
+
+
+def _slow(number: int) -> bytes:
+    """A PNG of a few kB and 9 megapixels, which takes a decoder a quarter of a second."""
+    row = np.roll(np.arange(256, dtype=np.uint8), number)
+    return encode(Image.fromarray(np.tile(row, (3000, 12))), "PNG")
+
+
+@contextmanager
+def _asking(
+    service: Service, key: str, bodies: list[bytes], vectors: np.ndarray, clients: int = 4
+) -> Iterator[Counter[str]]:
+    """Clients that send one image after the other, and what came of it: `right`, or what else."""
+    told: Counter[str] = Counter()
+    stop = threading.Event()
+
+    def client(number: int) -> None:
+        with _client(service, key) as http:
+            while not stop.is_set():
+                number = (number + 1) % len(bodies)
+                try:
+                    answer = http.post("/v1/embeddings/images", files=[("files", ("a", bodies[number]))])
+                    if answer.status_code != 200:
+                        told[answer.text] += 1
+                    else:
+                        found = np.load(io.BytesIO(answer.content))[0]
+                        told["right" if np.abs(found - vectors[number]).max() <= 1e-5 else "wrong"] += 1
+                except httpx.HTTPError as error:
+                    told[repr(error)] += 1
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(clients)]
+    for thread in threads:
+        thread.start()
+    try:
+        until(lambda: told.total() > 20, 60, "answers")
+        yield told
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_who_is_let_in(keyed: Service, keys: dict[str, str], keys_file: Path) -> None:
+    def status(key: str | None, path: str = "/v1/models") -> int:
+        with keyed.client(headers={} if key is None else {"Authorization": f"Bearer {key}"}) as http:
+            return http.get(path).status_code
+
+    assert [status(None), status("nobody's"), status(f"{keys['shop']}x")] == [401, 401, 401]
+    assert [status(keys["shop"]), status(keys["importer"]), status(keys["old"])] == [200, 200, 200]
+    assert [status(None, path) for path in ("/healthz", "/readyz", "/docs", "/openapi.json")] == [200, 200, 401, 401]
+    revoke_key(keys_file, "old")
+    until(lambda: [status(keys["old"]) for _ in range(8)] == [401] * 8, 30, "a refusal of the revoked key")
+    assert status(keys["shop"]) == 200
+
+
+def test_one_key_does_not_starve_another(keyed: Service, keys: dict[str, str]) -> None:
+    """And what is over the limits is refused with advice, at once, while the rest is answered."""
+    told: dict[str, Counter[int]] = {name: Counter() for name in ("importer", "shop")}
+    stop = threading.Event()
+
+    def importing(number: int) -> None:
+        images = [("files", ("a", _slow(number + place))) for place in range(PER_KEY)]
+        with _client(keyed, keys["importer"]) as http:
+            while not stop.is_set():
+                answer = http.post("/v1/embeddings/images", files=images)
+                told["importer"][answer.status_code] += 1
+                if answer.status_code == 429:
+                    assert int(answer.headers["Retry-After"]) >= 1 and answer.json()["error"]["code"] == "overloaded"
+
+    with ThreadPoolExecutor(8) as pool:
+        imports = [pool.submit(importing, number) for number in range(8)]
+        try:
+            until(lambda: told["importer"][429] > 4 and told["importer"][200] > 1, 90, "refusals and answers")
+            with _client(keyed, keys["shop"]) as http:
+                for number in range(10):
+                    body = encode(picture("RGB", 60 + number, 40), "PNG")
+                    told["shop"][http.post("/v1/embeddings/images", files=[("files", ("a", body))]).status_code] += 1
+                    told["shop"][http.post("/v1/embeddings", json={"input": f"text {number}"}).status_code] += 1
+        finally:
+            stop.set()
+        assert all(done.result() is None for done in imports)
+    assert told["shop"] == {200: 20}
+    assert set(told["importer"]) == {200, 429}
+
+
+def test_no_key_is_written_anywhere(keyed: Service, keys: dict[str, str]) -> None:
+    """Run after the others of this module that use them."""
+    written = [file for file in keyed.folder.rglob("*") if file.is_file() and not file.is_socket()]
+    assert written
+    found = [file for file in written for key in keys.values() if key.encode() in file.read_bytes()]
+    assert found == []
+    assert not any(key in keyed.command.out + keyed.command.err for key in keys.values())
+
+
+def test_a_killed_ingress_fails_no_request(keyed: Service, keys: dict[str, str], library: Library) -> None:
+    """Bodies of 4 MiB, by clients that do not try again."""
+    bodies = [encode(picture("RGB", 1180, 1170 + number), "BMP") for number in range(4)]
+    assert all(4_000_000 < len(body) < 2**22 for body in bodies)
+    with _asking(keyed, keys["shop"], bodies, library.images(bodies)) as told:
+        victim = keyed.replicas("Ingress")[0]
+        os.kill(victim.pid, signal.SIGKILL)
+        so_far = told.total()
+        until(lambda: told.total() > so_far + 40 and len(keyed.replicas("Ingress")) == 2, 90, "another ingress")
+    assert set(told) == {"right"}, told
+
+
+@pytest.mark.parametrize("process", ["ServeController", "HAProxyManager"])
+def test_a_process_of_serves_own_that_dies_fails_no_request(
+    keyed: Service, keys: dict[str, str], library: Library, process: str
+) -> None:
+    bodies = [encode(picture("RGB", 300, 200 + number), "JPEG") for number in range(4)]
+    with _asking(keyed, keys["shop"], bodies, library.images(bodies)) as told:
+        victims = [each for each in keyed.processes() if process in each.title]
+        if not victims:
+            pytest.fail(f"no {process} among {[each.title for each in keyed.processes()]}")
+        for victim in victims:
+            os.kill(victim.pid, signal.SIGKILL)
+        until(
+            lambda: {each.pid for each in keyed.processes() if process in each.title} - {v.pid for v in victims},
+            90,
+            "another",
+        )
+        so_far = told.total()
+        until(lambda: told.total() > so_far + 40, 60, "answers")
+    assert set(told) == {"right"}, told
