@@ -158,9 +158,13 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     what = f"{request.method} {request.url.path}"
     if error.status_code in (404, 405):
-        response = error_response(RouteNotFound(f"there is no route {what}; /docs lists them"))
+        allowed = (error.headers or {}).get("Allow")  # with 405
+        problem = (
+            f"{request.url.path} takes {allowed}, not {request.method}" if allowed else f"there is no route {what}"
+        )
+        response = error_response(RouteNotFound(f"{problem}; /docs lists the routes"))
         response.status_code = error.status_code
-        response.headers.update(error.headers or {})  # 405 names the methods that are allowed
+        response.headers.update(error.headers or {})
         return response
     return error_response(InvalidRequest(f"{what}: {error.detail}"))
 

@@ -29,6 +29,7 @@ from clipfleet.checkpoint import find_checkpoint
 from clipfleet.encoder import Encoder
 from clipfleet.fingerprint import fingerprint
 from clipfleet.images import decode
+from clipfleet.load import image_request
 from faults.report import Row
 from faults.served import ROOT, Served, config, serve
 from faults.traffic import Picture, Seen, post, traffic
@@ -91,6 +92,23 @@ def dying_replicas(model: str, folder: str | Path, seconds: float) -> list[Row]:
             rows.append(row_of(f"`kill -9` of a random {what} every {every:.0f} s, {model}", killed, seen))
             served.until_ready()
     return rows
+
+
+def dying_under_lists(seconds: float) -> list[Row]:
+    """Requests of 16 images, all of which the only encoder has in hand when it dies."""
+    single = pictures("tiny", count=64)
+    shown = []
+    for first in range(0, len(single), 16):
+        part = single[first : first + 16]
+        request = image_request([picture.body for picture in part])
+        (made_by,) = part[0].vectors
+        vectors = np.concatenate([picture.vectors[made_by] for picture in part])
+        shown.append(Picture(request.body, {made_by: vectors}, request.headers["Content-Type"]))
+    with serve(config({}), "tiny") as served, traffic(served.port, shown, 4) as seen:
+        killed = kill_replicas(served, ["ImageDecoder", "ImageEncoder"], 10.0, seconds, least=0)
+        time.sleep(10)
+    row = row_of("`kill -9` of the only ImageDecoder or ImageEncoder every 10 s, lists of 16, tiny", killed, seen)
+    return [replace(row, load="4 clients, 16 photographs a request")]
 
 
 def dying_under_large_bodies(seconds: float) -> list[Row]:
@@ -284,6 +302,7 @@ def measure(seconds: float) -> list[Row]:
     return [
         *dying_replicas("tiny", "tiny", seconds),
         *dying_replicas("full-size", full_size, seconds),
+        *dying_under_lists(seconds),
         *dying_under_large_bodies(seconds),
         *crashing_image(seconds),
         *failing_model(seconds),

@@ -94,4 +94,4 @@ def _shut_others_out(claimed: Claim) -> None:
         gate.write(claimed.token)
     for leftover in private.glob("run-*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    claimed.scratch.mkdir()
+    claimed.scratch.mkdir(mode=0o700)  # its tasks name sources as they were given, with keys that stand in their URIs
