@@ -83,13 +83,13 @@ class Checkpoint:
         )
 
 
-def find_checkpoint(name: str, *, weights: bool = True) -> Checkpoint:
+def find_checkpoint(name: str, *, weights: bool = True, download: bool = True) -> Checkpoint:
     """Find a checkpoint by `tiny`, a local folder, or a hub id with an optional `@revision`.
 
-    With `weights=False` a hub download leaves the weights out (decoders need none).
+    With `weights=False` a hub download leaves the weights out (decoders need none); with `download=False` there is none.
     Raises CheckpointNotFound or CheckpointUnsupported.
     """
-    folder, revision = _locate(name, weights)
+    folder, revision = _locate(name, weights, download)
     model_type = _read_json(folder / "config.json", name).get("model_type")
     if model_type not in MODEL_TYPES:
         raise CheckpointUnsupported(
@@ -103,7 +103,7 @@ def find_checkpoint(name: str, *, weights: bool = True) -> Checkpoint:
     return checkpoint
 
 
-def _locate(name: str, weights: bool) -> tuple[Path, str | None]:
+def _locate(name: str, weights: bool, download: bool) -> tuple[Path, str | None]:
     if name in EMBEDDED:
         return EMBEDDED[name], None
     folder = Path(name).expanduser()
@@ -114,28 +114,34 @@ def _locate(name: str, weights: bool) -> tuple[Path, str | None]:
     hub_id = _HUB_ID.fullmatch(name)
     if hub_id is None or name.startswith((".", "/", "~")):
         raise CheckpointNotFound(f"no checkpoint at {name!r}: there is no such folder. {_OFFLINE_HINT}", name=name)
-    return _download(hub_id["id"], hub_id["revision"], weights)
+    return _from_hub(hub_id["id"], hub_id["revision"], weights, download)
 
 
-def _download(hub_id: str, revision: str | None, weights: bool) -> tuple[Path, str]:
+def _from_hub(hub_id: str, revision: str | None, weights: bool, download: bool) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
 
     patterns = _CONFIG_FILES + (_WEIGHT_FILES if weights else [])
     try:
-        folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
+        local = not download
+        folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, local_files_only=local))
         if weights and revision is None and not any(folder.glob("model*.safetensors")):
             # Refs of the hub's cache are names of commits; this one makes the next start work offline.
             ref = folder.parents[1] / "refs" / "clipfleet" / f"safetensors-of-{folder.name}"
-            converted = ref.read_text() if ref.is_file() else _converted_revision(hub_id, folder.name)
+            known = ref.read_text() if ref.is_file() else None
+            converted = known or (_converted_revision(hub_id, folder.name) if download else None)
             if converted:
-                folder = Path(snapshot_download(hub_id, revision=converted, allow_patterns=patterns))
+                folder = Path(
+                    snapshot_download(hub_id, revision=converted, allow_patterns=patterns, local_files_only=local)
+                )
                 ref.parent.mkdir(parents=True, exist_ok=True)
                 ref.write_text(converted)
     except Exception as error:  # the hub's client lets through errors of every layer below it
         name = f"{hub_id}@{revision}" if revision else hub_id
         raise CheckpointNotFound(
             f"checkpoint {name!r} is not in the local hub cache and could not be downloaded: "
-            f"{_first_line(error)}. {_OFFLINE_HINT}",
+            f"{_first_line(error)}. {_OFFLINE_HINT}"
+            if download
+            else f"checkpoint {name!r} is not in the local hub cache; the first use downloads it",
             name=name,
         ) from error
     return folder, folder.name

@@ -298,6 +298,39 @@ def plan(
             typer.echo(f"wrote {out}; try: clipfleet serve {out}")
 
 
+@app.command(
+    epilog="Examples:  clipfleet doctor  |  clipfleet doctor my.yaml  |  clipfleet doctor --model tiny --dest vectors/"
+)
+def doctor(
+    config: Annotated[str | None, typer.Argument(help="A config file to check, or a packaged one by name.")] = None,
+    model: Annotated[str | None, typer.Option(help=_MODEL_HELP)] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
+    precision: Annotated[str | None, typer.Option(help="float32, float16, bfloat16, or int8 on CPUs.")] = None,
+    engine: Annotated[str | None, typer.Option(help="auto, torch or openvino.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port to look at; the file's or 8000.")] = None,
+    metrics_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the metrics.")] = 9464,
+    dest: Annotated[str | None, typer.Option(help="A job's DEST: can it be kept with that checkpoint?")] = None,
+    qdrant: Annotated[str | None, typer.Option(help="A Qdrant with a collection: can it be kept?")] = None,
+    collection: Annotated[str | None, typer.Option(help="That collection.")] = None,
+    qdrant_api_key: Annotated[str | None, typer.Option(envvar="QDRANT_API_KEY", help="Key of that Qdrant.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """Say what is installed, which device and engine would be used and why, and whether ports, a config file and an index fit.
+    Downloads and changes nothing. Ends with status 1 if something does not fit."""
+    with _reported("local"):
+        from clipfleet.doctor import examine
+
+        problems = 0
+        for found in examine(
+            config, model, device, precision, engine, port, metrics_port, dest, qdrant, collection, qdrant_api_key
+        ):
+            problems += found.state == "problem"
+            mark = {"good": "  ", "note": "- ", "problem": "! "}[found.state]
+            line = json.dumps(found.as_json()) if as_json else f"{mark}{found.about}: {found.said}"
+            typer.echo(line)
+        raise typer.Exit(STOPPED if problems else 0)
+
+
 keys = typer.Typer(help="API keys by name, in a file that holds their hashes alone.", no_args_is_help=True)
 app.add_typer(keys, name="keys")
 _KeyFile = Annotated[Path, typer.Option("--file", envvar="CLIPFLEET_API_KEYS_FILE", help="The file of the keys.")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,19 +40,38 @@ def _rows(table: pa.Table) -> Iterator[Finished]:
     yield from zip(table.column("id").to_pylist(), table.column("error").to_pylist(), states, strict=True)
 
 
-def _check_origin(path: Path, file: pq.ParquetFile, origin: Origin, format: str) -> None:
-    metadata = {key.decode(): value.decode() for key, value in (file.schema_arrow.metadata or {}).items()}
+def count_rows_of(folder: Path, model: str, fingerprint: str) -> int:
+    """How many rows DEST has. Raises FingerprintMismatch if they are by another checkpoint, JobError if there are none."""
+    rows = 0
+    for path in parts(folder):
+        file = pq.ParquetFile(path)
+        _check_checkpoint(path, _metadata(file), model, fingerprint)
+        rows += file.metadata.num_rows
+    if not rows:
+        raise JobError(f"{str(folder)!r} holds no rows of a job")
+    return rows
+
+
+def _metadata(file: pq.ParquetFile) -> dict[str, str]:
+    return {key.decode(): value.decode() for key, value in (file.schema_arrow.metadata or {}).items()}
+
+
+def _check_checkpoint(path: Path, metadata: Mapping[str, str], model: str, fingerprint: str) -> None:
     found = metadata.get(f"{PREFIX}fingerprint", "")
     if not found:
         raise JobError(f"{str(path)!r} was not written by clipfleet; choose another DEST")
-    if found != origin.fingerprint:
-        model = metadata.get(f"{PREFIX}model", "?")
+    if found != fingerprint:
         raise FingerprintMismatch(
-            f"{str(path.parent)!r} holds vectors of {model} with fingerprint {found}; those of {origin.model} have "
-            f"{origin.fingerprint} and cannot be compared with them. Choose another DEST",
+            f"{str(path.parent)!r} holds vectors of {metadata.get(f'{PREFIX}model', '?')} with fingerprint {found}; those of "
+            f"{model} have {fingerprint} and cannot be compared with them. Choose another DEST",
             found=found,
-            expected=origin.fingerprint,
+            expected=fingerprint,
         )
+
+
+def _check_origin(path: Path, file: pq.ParquetFile, origin: Origin, format: str) -> None:
+    metadata = _metadata(file)
+    _check_checkpoint(path, metadata, origin.model, origin.fingerprint)
     if (there := format_of(file.schema_arrow)) != format:
         raise JobError(
             f"{str(path.parent)!r} holds format {there}, not {format}; give --format {there}, or another DEST"

@@ -23,7 +23,7 @@ def run(*arguments: str | Path, cwd: Path | None = None, **variables: str) -> su
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd, env=environment)
 
 
-@pytest.mark.parametrize("command", ["serve", "embed", "encode", "models", "bench", "plan"])
+@pytest.mark.parametrize("command", ["serve", "embed", "encode", "models", "bench", "plan", "doctor"])
 def test_help_has_an_example_that_starts_with_the_command(command: str) -> None:
     done = run(command, "--help")
     assert done.returncode == 0 and f"clipfleet {command}" in done.stdout.partition("Example")[2]
@@ -31,7 +31,7 @@ def test_help_has_an_example_that_starts_with_the_command(command: str) -> None:
 
 def test_the_commands_and_the_version() -> None:
     listed = run("--help").stdout
-    assert all(command in listed for command in ("serve", "embed", "encode", "models", "bench", "plan"))
+    assert all(command in listed for command in ("serve", "embed", "encode", "models", "bench", "plan", "doctor"))
     assert run("--version").stdout == f"clipfleet {clipfleet.__version__}\n"
     assert run("nothing").returncode == 2
 

@@ -1,0 +1,93 @@
+"""`clipfleet doctor`: what it looks at, and what it says of what does not fit."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from clipfleet.checkpoint import find_checkpoint
+from clipfleet.fingerprint import fingerprint
+from jobs.qdrant import Collection
+from tests.test_cli import run
+
+TINY = fingerprint(find_checkpoint("tiny"))
+
+
+def examine(*arguments: str | Path, status: int = 0, **variables: str) -> dict[str, tuple[str, str]]:
+    """(state, what was said) of each subject, the last one where it has several."""
+    done = run("doctor", "--json", *arguments, **variables)
+    assert done.returncode == status, done.stdout + done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    return {each["about"]: (each["state"], each["said"]) for each in found}
+
+
+def test_this_machine() -> None:
+    found = examine("demo")
+    assert found["machine"][1].startswith("Python 3.") and "core" in found["machine"][1]
+    assert "torch 2" in found["[local]"][1] and "ray 2.60" in found["[serve]"][1]
+    assert found["config"] == ("good", "demo: every setting is known, and none contradicts another")
+    assert found["checkpoint"][1].endswith(f"fingerprint {TINY}")
+    assert found["engine"][1].startswith("openvino on cpu in float32: device cpu was asked for; openvino is installed")
+
+
+def test_for_people_each_line_has_its_mark(tmp_path: Path) -> None:
+    done = run("doctor", "--model", "tiny", "--dest", tmp_path)
+    assert done.returncode == 1
+    assert [line for line in done.stdout.splitlines() if line.startswith("! ")] == [
+        f"! DEST: {str(tmp_path)!r} holds no rows of a job"
+    ]
+    assert "  checkpoint: tiny: clip in " in done.stdout
+
+
+def test_what_does_not_fit(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("applications: [{name: clipfleet, import_path: 'deployments.graph:build', args: {limit: 3}}]")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        found = examine(file, "--port", str(port), "--precision", "int8", "--engine", "torch", status=1)
+    assert found["config"][0] == "problem"
+    assert found["engine"] == ("problem", "precision int8 runs on CPUs by engine openvino, not on cpu by engine torch")
+    taken_port = examine("--model", "nobody/nothing", "--dest", tmp_path, status=1, HF_HOME=str(tmp_path))
+    assert taken_port["checkpoint"] == (
+        "problem",
+        "checkpoint 'nobody/nothing' is not in the local hub cache; the first use downloads it",
+    )
+
+
+def test_a_port_that_is_taken() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        found = run("doctor", "--port", str(port))
+    assert found.returncode == 1 and f"! port: {port} is not free" in found.stdout and "--port" in found.stdout
+
+
+@pytest.mark.parametrize(("made_by", "status"), [(TINY, 0), ("f00d", 1), (None, 1)])
+def test_a_job_output(made_by: str | None, status: int, tmp_path: Path) -> None:
+    table = pa.table({"id": ["a", "b"]})
+    if made_by:
+        table = table.replace_schema_metadata({"clipfleet.fingerprint": made_by, "clipfleet.model": "other/model"})
+    pq.write_table(table, tmp_path / "part-00000.parquet")
+    state, said = examine("--model", "tiny", "--dest", tmp_path, status=status)["DEST"]
+    assert state == ("problem" if status else "good")
+    assert {TINY: "2 rows by this very checkpoint", "f00d": "other/model with fingerprint f00d", None: "not written"}[
+        made_by
+    ] in said
+
+
+def test_a_collection(tmp_path: Path) -> None:
+    place = tmp_path / "qdrant"
+    asked = ("--model", "tiny", "--qdrant", place, "--collection", "mine")
+    assert examine(*asked, status=1)["collection"] == ("problem", f"there is no folder {str(place)!r}")
+    assert not place.exists()
+    for name, made_by in (("mine", TINY), ("theirs", "f00d")):
+        with Collection(str(place), name).opened() as points:
+            points.prepare(512, made_by)
+    assert examine(*asked)["collection"][1] == f"mine at {place}: by this very checkpoint; keep it"
+    assert "f00d" in examine(*asked[:-1], "theirs", status=1)["collection"][1]
+    assert "there is no collection" in examine(*asked[:-1], "nobodys", status=1)["collection"][1]
+    assert "--model" in examine(*asked[2:], status=1)["index"][1]
