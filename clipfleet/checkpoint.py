@@ -133,8 +133,9 @@ def _from_hub(hub_id: str, revision: str | None, weights: bool, download: bool) 
                 folder = Path(
                     snapshot_download(hub_id, revision=converted, allow_patterns=patterns, local_files_only=local)
                 )
-                ref.parent.mkdir(parents=True, exist_ok=True)
-                ref.write_text(converted)
+                if known is None:
+                    ref.parent.mkdir(parents=True, exist_ok=True)
+                    ref.write_text(converted)
     except Exception as error:  # the hub's client lets through errors of every layer below it
         name = f"{hub_id}@{revision}" if revision else hub_id
         raise CheckpointNotFound(

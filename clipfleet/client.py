@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from clipfleet import wire
 from clipfleet.connection import Connection
-from clipfleet.errors import ClipfleetError, Closed, EmptyInput, FingerprintMismatch, ImageError, SettingsError
+from clipfleet.errors import ClipfleetError, Closed, EmptyInput, FingerprintMismatch, InputError, SettingsError
 from clipfleet.vectors import Ranked
 from clipfleet.wire import Embedding, Part
 
@@ -50,30 +50,40 @@ class _Core:
 
     async def embed(self, part: Part, on_error: OnError) -> list[Embedding]:
         """A part's embeddings, from one request or as many as the service's limits want."""
-        if part.kind != "files":
-            return await self._send(part, (), on_error)
-        contents, unread = [], {}
-        for index, image in enumerate(part.items, part.first):
+        sent: list[Any] = []  # files' bytes, texts or addresses
+        unsent: dict[int, InputError] = {}  # what cannot be read here
+        for index, item in enumerate(part.items, part.first):
             try:
-                contents.append(image if isinstance(image, bytes) else await asyncio.to_thread(wire.content_of, image))
-            except ImageError as error:
+                sent.append(await self._ready(part.kind, item))
+            except InputError as error:
                 if on_error == "fail":
+                    if sent:  # one before it may be bad too, and is then the first
+                        await self._send(Part(part.kind, part.first, part.items[: len(sent)]), sent, on_error)
                     raise error.at(index) from None
-                contents.append(b"")  # keeps the places of the others
-                unread[index] = error.at(index)
-        found = await self._send(part, contents, on_error)
-        return [Embedding(each.index, None, unread[each.index]) if each.index in unread else each for each in found]
+                sent.append(b"" if part.kind == "files" else "")  # keeps the places of the others
+                unsent[index] = error
+        found = await self._send(part, sent, on_error)
+        return [
+            Embedding(each.index, None, unsent[each.index].at(each.index)) if each.index in unsent else each
+            for each in found
+        ]
 
-    async def _send(self, part: Part, contents: Sequence[bytes], on_error: OnError) -> list[Embedding]:
+    async def _ready(self, kind: wire.Kind, item: Any) -> Any:
+        if kind == "files":
+            return item if isinstance(item, bytes) else await asyncio.to_thread(wire.content_of, item)
+        wire.check_text(item)
+        return item
+
+    async def _send(self, part: Part, sent: Sequence[Any], on_error: OnError) -> list[Embedding]:
         try:
-            answer = await self.connection.ask(**wire.request(part, contents, on_error, self._options))
+            answer = await self.connection.ask(**wire.request(part, sent, on_error, self._options))
         except ClipfleetError as error:
             if error.code in _TOO_LARGE and len(part.items) > 1:
                 half = len(part.items) // 2
                 first, second = part.halves()
                 return [
-                    *await self._send(first, contents[:half], on_error),
-                    *await self._send(second, contents[half:], on_error),
+                    *await self._send(first, sent[:half], on_error),
+                    *await self._send(second, sent[half:], on_error),
                 ]
             placed = error if error.index is None else error.at(part.first + error.index)
             if on_error == "partial" and error.code in _TOO_LARGE:
@@ -260,11 +270,11 @@ class Client:
 
     def rank(self, query: Image | str, candidates: Sequence[Image | str]) -> list[Ranked]:
         """The candidates by their cosine to the query, best first. A str is a text or an address; give paths as Path."""
-        return self._submit(self._core.rank(query, candidates)).result()
+        return _result(self._submit(self._core.rank(query, candidates)))
 
     def models(self) -> list[dict[str, Any]]:
         """What the service serves: id, dimension, context_length, image_size, fingerprint and more of each model."""
-        return self._submit(self._core.models()).result()
+        return _result(self._submit(self._core.models()))
 
     def _embed(self, items: Any, what: What, on_error: OnError, progress: bool) -> np.ndarray:
         found = []
@@ -281,10 +291,10 @@ class Client:
             for part in _parts(items, what):  # in the caller's thread, which may own what it draws from
                 waiting.append(self._submit(self._core.embed(part, on_error)))
                 if len(waiting) == self._concurrency:
-                    for embedding in waiting.popleft().result():
+                    for embedding in _result(waiting.popleft()):
                         yield checkpoint.check(embedding)
             while waiting:
-                for embedding in waiting.popleft().result():
+                for embedding in _result(waiting.popleft()):
                     yield checkpoint.check(embedding)
         finally:
             for future in waiting:
@@ -302,6 +312,14 @@ class Client:
                 self._loop = _LoopThread()
                 weakref.finalize(self, _close, self._loop, self._core.connection)
             return self._loop.submit(work)
+
+
+def _result(future: Future[T]) -> T:
+    try:
+        return future.result()
+    except BaseException:
+        future.cancel()  # after Ctrl-C it would go on
+        raise
 
 
 class _LoopThread:

@@ -45,6 +45,7 @@ class Connection:
             raise SettingsError(f"{url!r} is no address of a service; give one such as http://127.0.0.1:8000")
         self._http = httpx.AsyncClient(
             base_url=address,
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=20),
             headers=authorization(api_key),
             # A proxy of the environment is for other machines.
             trust_env=address.host not in ("127.0.0.1", "::1", "localhost"),
@@ -90,8 +91,12 @@ class Connection:
     ) -> httpx.Response:
         left = max(left, 0.001)
         asked = {**headers, "X-Deadline-Ms": f"{max(1, int(left * 1000))}"}  # nobody waits for it any longer
-        timeout = httpx.Timeout(left, connect=min(left, _CONNECT_S))
-        return await self._http.request(method, path, headers=asked, timeout=timeout, **body)
+        timeout = httpx.Timeout(left, connect=min(left, _CONNECT_S))  # of each step
+        try:
+            async with asyncio.timeout(left):
+                return await self._http.request(method, path, headers=asked, timeout=timeout, **body)
+        except TimeoutError:
+            raise httpx.ReadTimeout("") from None
 
     def _unanswered(self, error: httpx.RequestError) -> ClipfleetError:
         if isinstance(error, (httpx.ReadTimeout, httpx.WriteTimeout)):

@@ -121,11 +121,12 @@ def _version(name: str) -> str | None:
 
 
 def _of_config(config: str, port: int | None) -> tuple[dict[str, Any], int]:
-    from clipfleet.settings import APPLICATION, read_config
+    from clipfleet.settings import APPLICATION, read_config, service_settings
 
     content = read_config(config)
     application = next(entry for entry in content["applications"] if entry["name"] == APPLICATION)
-    return application.get("args") or {}, port or (content.get("http_options") or {}).get("port", 8000)
+    settings = service_settings(application.get("args") or {})
+    return settings.model_dump(), port or (content.get("http_options") or {}).get("port", 8000)
 
 
 def _engine(device: str, precision: str, engine: str) -> str:
@@ -198,8 +199,8 @@ def _collection(place: str, name: str | None, api_key: str | None, model: str, e
     if name is None:
         raise SettingsError("--qdrant needs --collection")
     wanted = Collection(place, name, api_key)
-    if wanted.is_folder and not Path(place).expanduser().is_dir():  # Qdrant would make it
-        raise SettingsError(f"there is no folder {place!r}")
+    if wanted.is_folder and not Path(place, "meta.json").expanduser().is_file():  # Qdrant would make it
+        raise SettingsError(f"there is no Qdrant in the folder {place!r}")
     with wanted.opened() as points:
         if not points.exists():
             raise SettingsError(f"there is no collection {name!r} at {place!r}")

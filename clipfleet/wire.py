@@ -18,7 +18,14 @@ import httpx
 import numpy as np
 
 from clipfleet import errors
-from clipfleet.errors import ClipfleetError, ImageNotFound, ImageUnreadable, Unavailable
+from clipfleet.errors import (
+    ClipfleetError,
+    ImageCorrupt,
+    ImageNotFound,
+    ImageUnreadable,
+    InvalidRequest,
+    Unavailable,
+)
 from clipfleet.vectors import Ranked, from_base64
 
 if TYPE_CHECKING:
@@ -75,6 +82,10 @@ class Packer:
     def add(self, item: Any) -> Part | None:
         """Take an item, and give the part that has no room for it. Raises TypeError for what is no item."""
         kind, size = ("texts", _text_size(item)) if self._what == "texts" else _image_kind(item)
+        if isinstance(item, (bytearray, memoryview)):  # what its owner may change before it is sent
+            item = bytes(item)
+        elif hasattr(item, "copy") and not isinstance(item, bytes):
+            item = _copied(item)
         full = kind != self._kind or len(self._items) == _MOST[kind] or self._bytes + size > _BYTES
         part = self.rest() if full else None
         self._kind = kind
@@ -92,6 +103,21 @@ class Packer:
         return part
 
 
+def _copied(image: Any) -> Any:
+    """An array's or PIL image's copy, which nobody changes or closes; or the error of one that cannot be read."""
+    try:
+        copy = image.copy()
+        if hasattr(image, "getexif") and (exif := image.getexif()):  # a copy of a TIFF would lose it
+            copy.info["exif"] = exif.tobytes()
+        return copy
+    except Exception as error:  # a PIL image is read when it is first looked at
+        return _corrupt(error)
+
+
+def _corrupt(error: Exception) -> ImageCorrupt:
+    return ImageCorrupt(f"the image cannot be read: {error or type(error).__name__}")
+
+
 def _text_size(text: Any) -> int:
     if not isinstance(text, str):
         raise TypeError(f"a text is a str, not {type(text).__name__}")
@@ -107,7 +133,7 @@ def _image_kind(image: Any) -> tuple[Kind, int]:
     if isinstance(image, (str, os.PathLike)):
         try:
             return "files", Path(image).stat().st_size
-        except OSError:
+        except (OSError, ValueError):
             return "files", 0  # reading it says what is wrong
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3, 4))):
@@ -123,19 +149,32 @@ def _image_kind(image: Any) -> tuple[Kind, int]:
 
 
 def content_of(image: Any) -> bytes:
-    """An image file's bytes. Raises ImageNotFound or ImageUnreadable for a path."""
+    """An image file's bytes. Raises ImageNotFound, ImageUnreadable or ImageCorrupt."""
+    if isinstance(image, ImageCorrupt):
+        raise image
     if isinstance(image, (bytes, bytearray, memoryview)):
         return bytes(image)
     if isinstance(image, np.ndarray):
         return png(image)
     if not isinstance(image, (str, os.PathLike)):
-        return _png_of_pil(image)
+        try:
+            return _png_of_pil(image)
+        except Exception as error:
+            raise _corrupt(error) from error
     try:
         return Path(image).read_bytes()
     except FileNotFoundError:
         raise ImageNotFound(f"there is no file {str(image)!r}") from None
-    except OSError as error:
-        raise ImageUnreadable(f"{str(image)!r} cannot be read: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:  # ValueError: no name of a file
+        raise ImageUnreadable(f"{str(image)!r} cannot be read: {error}") from None
+
+
+def check_text(text: str) -> None:
+    """Raises InvalidRequest for a text that no encoding has."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"the text holds a lone surrogate at character {error.start}") from None
 
 
 def png(array: np.ndarray) -> bytes:
@@ -163,15 +202,13 @@ def _png_of_pil(image: PilImage) -> bytes:
     return file.getvalue()
 
 
-def request(part: Part, contents: Sequence[bytes], on_error: str, options: dict[str, str]) -> dict[str, Any]:
-    """The arguments of Connection.ask for a part. `contents` are the bytes of its files."""
+def request(part: Part, sent: Sequence[Any], on_error: str, options: dict[str, str]) -> dict[str, Any]:
+    """The arguments of Connection.ask for a part, of which `sent` are the files' bytes, the texts or the addresses."""
     options = {**options, "encoding_format": "base64", "on_error": on_error}
     if part.kind == "files":
-        uploads = [
-            ("files", (f"{number}", content, "application/octet-stream")) for number, content in enumerate(contents)
-        ]
+        uploads = [("files", (f"{number}", content, "application/octet-stream")) for number, content in enumerate(sent)]
         return {"method": "POST", "path": "/v1/embeddings/images", "files": uploads, "params": options}
-    items = list(part.items) if part.kind == "texts" else [{"image": address} for address in part.items]
+    items = list(sent) if part.kind == "texts" else [{"image": address} for address in sent]
     return {"method": "POST", "path": "/v1/embeddings", **_json({"input": items, **options})}
 
 

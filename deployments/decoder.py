@@ -42,15 +42,16 @@ class MemoryBudget:
     """Bounds the decoded bytes that a process holds at once; a single larger image still gets its turn, alone."""
 
     def __init__(self, limit: int) -> None:
-        self._limit = limit
+        self.limit = limit
         self._held = 0
         self._freed = threading.Condition()
 
     @contextmanager
-    def hold(self, size: int) -> Iterator[None]:
-        """Wait until `size` more bytes fit, and hold them."""
+    def hold(self, size: int, seconds: float | None = None) -> Iterator[None]:
+        """Wait until `size` more bytes fit, and hold them. Raises DeadlineExceeded if that takes longer than `seconds`."""
         with self._freed:
-            self._freed.wait_for(lambda: self._held == 0 or self._held + size <= self._limit)
+            if not self._freed.wait_for(lambda: self._held == 0 or self._held + size <= self.limit, seconds):
+                raise DeadlineExceeded("the deadline passed while the image waited to be decoded")
             self._held += size
         try:
             yield
@@ -113,10 +114,16 @@ class DecoderReplica:
 
     def _decode_in(self, child: DecodeProcess, image: bytes, deadline: float) -> Pixels:
         pixels = np.empty((*self._spec.size, 3), np.uint8)
-        # One try: with the replica that died it is the second. Opening it, to learn its size, may be what ends a process.
-        with self._budget.hold(self._limits.max_pixels * _MOST_BYTES_A_PIXEL):
-            left = deadline - time.time()
-            reply = child.decode_into(image, pixels, timeout_s=left, tries=1) if left > 0 else None
+        # Half of the budget, so that images which may hang leave the other half to the rest: opening one to learn its size may
+        # be what ends a process.
+        half = min(self._limits.max_pixels * _MOST_BYTES_A_PIXEL, self._budget.limit // 2)
+        try:
+            with self._budget.hold(half, deadline - time.time()):
+                left = deadline - time.time()
+                # One try: with the replica that died it is the second.
+                reply = child.decode_into(image, pixels, timeout_s=left, tries=1) if left > 0 else None
+        except DeadlineExceeded as error:
+            return error
         if reply is None or (isinstance(reply, ImageCrashedDecoder) and time.time() >= deadline):
             return DeadlineExceeded("the deadline passed while the image was decoded")
         return reply if isinstance(reply, ClipfleetError) else pixels

@@ -19,7 +19,7 @@ from urllib.parse import quote, urljoin, urlsplit
 import httpcore
 from httpcore import AsyncNetworkStream
 
-from clipfleet.errors import ImageNotFetched, ImageTooManyBytes, ImageUrlForbidden, Overloaded
+from clipfleet.errors import DeadlineExceeded, ImageNotFetched, ImageTooManyBytes, ImageUrlForbidden, Overloaded
 from clipfleet.settings import UrlSettings
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -105,7 +105,8 @@ class Fetcher:
     async def fetch(self, address: str, seconds: float, key: str | None = None) -> bytes:
         """The image at an address, within so many seconds, for who has the API key of that name.
 
-        Raises ImageUrlForbidden, ImageNotFetched or ImageTooManyBytes; Overloaded where others' images took all the time.
+        Raises ImageUrlForbidden, ImageNotFetched or ImageTooManyBytes; Overloaded where others' images took all the time, and
+        DeadlineExceeded.
         """
         end = time.monotonic() + seconds
         async with self._turn(key, seconds):
@@ -117,6 +118,8 @@ class Fetcher:
                             return found
                         address = found
             except TimeoutError:
+                if time.monotonic() >= end:  # the request's own time
+                    raise DeadlineExceeded("the deadline passed before the images by address had arrived") from None
                 raise ImageNotFetched(f"the image did not arrive within {self._settings.timeout_s:g} s") from None
             except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError) as error:
                 raise ImageNotFetched(f"the image cannot be fetched: {type(error).__name__} {error}".rstrip()) from None

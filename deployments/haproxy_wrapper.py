@@ -126,6 +126,8 @@ def most_in_use(buffer_bytes: int) -> int:
 
 
 def _most_in_use(config: str) -> int:
+    if done := re.search(r"^    tune\.buffers\.limit (\d+)$", config, re.MULTILINE):  # the file was edited before
+        return int(done[1]) // 2
     size = re.search(r"^    tune\.bufsize (\d+)$", config, re.MULTILINE)
     return most_in_use(int(size[1]) if size else BUFFER_BYTES)
 

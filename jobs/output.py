@@ -44,9 +44,9 @@ def count_rows_of(folder: Path, model: str, fingerprint: str) -> int:
     """How many rows DEST has. Raises FingerprintMismatch if they are by another checkpoint, JobError if there are none."""
     rows = 0
     for path in parts(folder):
-        file = pq.ParquetFile(path)
-        _check_checkpoint(path, _metadata(file), model, fingerprint)
-        rows += file.metadata.num_rows
+        with reading(path) as file:
+            _check_checkpoint(path, _metadata(file), model, fingerprint)
+            rows += file.metadata.num_rows
     if not rows:
         raise JobError(f"{str(folder)!r} holds no rows of a job")
     return rows

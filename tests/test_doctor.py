@@ -51,6 +51,9 @@ def test_what_does_not_fit(tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         found = examine(file, "--port", str(port), "--precision", "int8", "--engine", "torch", status=1)
     assert found["config"][0] == "problem"
+    file.write_text("applications: [{name: clipfleet, import_path: 'deployments.graph:build'}]")
+    default = examine(file, status=1, HF_HOME=str(tmp_path))
+    assert default["config"][0] == "good" and "openai/clip-vit-base-patch32" in default["checkpoint"][1]
     assert found["engine"] == ("problem", "precision int8 runs on CPUs by engine openvino, not on cpu by engine torch")
     taken_port = examine("--model", "nobody/nothing", "--dest", tmp_path, status=1, HF_HOME=str(tmp_path))
     assert taken_port["checkpoint"] == (
@@ -79,10 +82,16 @@ def test_a_job_output(made_by: str | None, status: int, tmp_path: Path) -> None:
     ] in said
 
 
+def test_a_job_output_that_is_cut(tmp_path: Path) -> None:
+    (tmp_path / "part-00000.parquet").write_bytes(b"PAR1")
+    state, said = examine("--model", "tiny", "--dest", tmp_path, status=1)["DEST"]
+    assert state == "problem" and "part-00000.parquet" in said
+
+
 def test_a_collection(tmp_path: Path) -> None:
     place = tmp_path / "qdrant"
     asked = ("--model", "tiny", "--qdrant", place, "--collection", "mine")
-    assert examine(*asked, status=1)["collection"] == ("problem", f"there is no folder {str(place)!r}")
+    assert examine(*asked, status=1)["collection"] == ("problem", f"there is no Qdrant in the folder {str(place)!r}")
     assert not place.exists()
     for name, made_by in (("mine", TINY), ("theirs", "f00d")):
         with Collection(str(place), name).opened() as points:

@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from clipfleet.errors import (
     ImageCorrupt,
     ImageFormatUnsupported,
     ImageNotFound,
+    ImageUnreadable,
     InvalidRequest,
     ModelNotFound,
     Overloaded,
@@ -127,10 +129,13 @@ class TestVectors:
     def test_a_pil_image_keeps_its_orientation(self, client: Client, library: Library) -> None:
         exif = Image.Exif()
         exif[ExifTags.Base.Orientation] = 6
-        content = encode(picture("RGB", 300, 200), "PNG", exif=exif)
-        with Image.open(io.BytesIO(content)) as opened:
-            found = client.embed_images([opened, opened.convert("CMYK").convert("RGB")])
-        assert np.abs(found[0] - library.images([content])[0]).max() <= 1e-5
+        for kind in ("PNG", "TIFF", "WEBP"):
+            content = encode(
+                picture("RGB", 300, 200), kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {})
+            )
+            with Image.open(io.BytesIO(content)) as opened:
+                found = client.embed_images([opened])
+            assert np.abs(found - library.images([content])).max() <= 1e-5
 
     @pytest.mark.parametrize("wrong", [np.zeros((4, 4, 2), np.uint8), np.zeros((4, 4, 3)), 3, None, ["a"]])
     def test_what_is_no_image(self, client: Client, wrong: Any) -> None:
@@ -168,6 +173,42 @@ class TestStreams:
         partial = client.embed_images([*items, tmp_path / "nothing.png"], on_error="partial")
         assert list(np.flatnonzero(np.isnan(partial).all(1))) == [3, 80, 100]
         assert client.embed_images([b"none"], on_error="partial").shape == (1, 512), "the dimension is the model's"
+
+    def test_the_first_bad_one_is_raised_wherever_it_is_found(
+        self, client: Client, files: list[bytes], tmp_path: Path
+    ) -> None:
+        with pytest.raises(ImageCorrupt) as caught:
+            client.embed_images([files[0], BROKEN["cut JPEG"].data, tmp_path / "nothing.png"])
+        assert caught.value.index == 1
+        with pytest.raises(ImageNotFound) as caught_missing:
+            client.embed_images([files[0], tmp_path / "nothing.png", BROKEN["cut JPEG"].data])
+        assert caught_missing.value.index == 1
+
+    def test_what_cannot_be_read_here_is_an_error_of_its_item(self, client: Client, files: list[bytes]) -> None:
+        with Image.open(io.BytesIO(files[0][:300])) as cut:
+            found = list(client.stream_images([cut, "nul\0", files[0]]))
+        assert [type(each.error) for each in found] == [ImageCorrupt, ImageUnreadable, type(None)]
+        texts = list(client.stream_texts(["a", "\ud800", "b"]))
+        assert [type(each.error) for each in texts] == [type(None), InvalidRequest, type(None)]
+
+    def test_what_its_owner_changes_later_is_sent_as_it_was(
+        self, client: Client, library: Library, picture_files: list[Path]
+    ) -> None:
+        def frames() -> Iterator[Any]:
+            buffer = np.zeros((64, 64, 3), np.uint8)
+            for level in (0, 120, 250):
+                buffer[:32] = level
+                yield buffer
+            for file in picture_files[:3]:
+                with Image.open(file) as opened:
+                    yield opened
+
+        expected = [
+            png(np.repeat(np.array([[[level] * 3], [[0] * 3]], np.uint8), 32, 0).repeat(64, 1))
+            for level in (0, 120, 250)
+        ]
+        expected += [file.read_bytes() for file in picture_files[:3]]
+        assert np.abs(client.embed_images(frames()) - library.images(expected)).max() <= 1e-5
 
     def test_texts_that_are_cut_say_so(self, client: Client) -> None:
         assert [each.truncated for each in client.stream_texts(["a", "word " * 200])] == [False, True]
@@ -343,6 +384,23 @@ class TestFaultsOnTheWay:
             address = f"http://127.0.0.1:{listening.getsockname()[1]}"
             with Client(address, deadline_s=0.5) as client, pytest.raises(DeadlineExceeded, match=r"within 0\.5 s"):
                 client.embed_texts(["a"])
+
+    def test_the_deadline_is_for_the_whole_request(self, service: Service) -> None:
+        def drip(connection: socket.socket) -> None:
+            with connection, suppress(OSError):
+                connection.recv(65536)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+                for _ in range(100):
+                    time.sleep(0.2)
+                    connection.sendall(b" ")
+
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            thread = threading.Thread(target=lambda: drip(listening.accept()[0]), daemon=True)
+            thread.start()
+            address = f"http://127.0.0.1:{listening.getsockname()[1]}"
+            with Client(address, deadline_s=1) as client, pytest.raises(DeadlineExceeded, match="within 1 s"):
+                client.embed_texts(["a"])
+        thread.join(10)
 
     def test_what_would_fail_again_is_not_tried_again(self, service: Service) -> None:
         for status, code in ((400, "invalid_request"), (401, "invalid_api_key"), (422, "image_corrupt"), (500, "x")):

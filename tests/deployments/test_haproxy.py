@@ -54,16 +54,18 @@ def test_servers_that_serve_leaves_out_for_a_moment_stay(tmp_path: Path) -> None
 
 
 def test_requests_are_refused_before_connections_run_out(tmp_path: Path) -> None:
-    head = "global\n    tune.bufsize 4325376\n"
+    head = f"global\n    tune.bufsize {BUFFER_BYTES}\n"
     generated = f"{head}frontend http_frontend\n    use_backend http-clipfleet if is_http-clipfleet\n"
     edited = edit(generated, tmp_path, "127.0.0.1", "8000")
     rule, use = edited.splitlines()[-2:]
     assert rule.startswith(f"    http-request return status 429 errorfile {tmp_path}/429.http if")
-    most = most_in_use(4325376)
+    most = most_in_use(BUFFER_BYTES)
     assert f"{{ be_conn(http-clipfleet) ge {most * 3 // 4} }} !{{ path /healthz /readyz }}" in rule
     assert f"    tune.buffers.limit {2 * most}" in edited.splitlines()
     assert use == "    use_backend http-clipfleet if is_http-clipfleet"
     assert edit(edited, tmp_path, "127.0.0.1", "8000") == edited
+    small = with_buffers(edited)
+    assert edit(small, tmp_path, "127.0.0.1", "8000") == small, "HAProxy may start anew with the file that is there"
 
 
 def test_a_template_that_is_not_ours() -> None:
