@@ -130,8 +130,7 @@ def _of_config(config: str, port: int | None) -> tuple[dict[str, Any], int]:
 
 
 def _engine(device: str, precision: str, engine: str) -> str:
-    from clipfleet.encoder import resolve_device
-    from clipfleet.engines import choose_engine, settle_device
+    from clipfleet.engines import choose_engine, resolve_device, settle_device
 
     settled = settle_device(device, engine, precision)
     found = resolve_device(settled)
@@ -140,10 +139,14 @@ def _engine(device: str, precision: str, engine: str) -> str:
 
 
 def _why(asked: str, found: str) -> str:
-    import torch
+    from clipfleet.engines import NVIDIA_DRIVERS
 
     if asked != "auto":
         return f"device {asked} was asked for"
+    if not any(Path(path).exists() for path in NVIDIA_DRIVERS):
+        return "this machine has no NVIDIA driver"
+    import torch
+
     if found != "cpu":
         return f"torch sees {torch.cuda.get_device_name(0)}"
     if torch.version.cuda is None:

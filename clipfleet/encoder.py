@@ -6,7 +6,6 @@ import contextlib
 import math
 import threading
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -15,7 +14,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer
 
 from clipfleet.checkpoint import Checkpoint, find_checkpoint
-from clipfleet.engines import choose_engine, settle_device
+from clipfleet.engines import choose_engine, resolve_device, settle_device
 from clipfleet.errors import CheckpointUnsupported, ClipfleetError, InvalidRequest
 
 Tower = Literal["image", "text"]
@@ -178,16 +177,6 @@ class Encoder:
         with self._tokenizing:  # one of transformers' slow tokenizers, which do not say
             full = self._tokenizer(texts, truncation=False, return_attention_mask=False, verbose=False)["input_ids"]
         return [len(ids) > self.context_length for ids in full]
-
-
-def resolve_device(device: str) -> str:
-    """Turn auto, cpu, cuda or cuda:N into cpu, cuda or cuda:N. Raises DeviceUnavailable or SettingsError."""
-    drivers = ("/dev/nvidiactl", "/dev/dxg")  # of Linux and of its subsystem in Windows
-    if device == "cpu" or (device == "auto" and not any(Path(path).exists() for path in drivers)):
-        return "cpu"  # without torch, which takes a second to import
-    from clipfleet.torch_engine import resolve_device as of_torch
-
-    return of_torch(device)
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

@@ -1,8 +1,9 @@
-"""Which engine runs a tower. Nothing here needs torch or OpenVINO."""
+"""Which engine runs a tower, and on what. Nothing is imported for it where there is no NVIDIA driver."""
 
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from typing import Literal, get_args
 
 from clipfleet.errors import SettingsError
@@ -11,6 +12,8 @@ Precision = Literal["float32", "float16", "bfloat16", "int8"]
 Engine = Literal["auto", "torch", "openvino"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 ENGINES: tuple[str, ...] = get_args(Engine)
+
+NVIDIA_DRIVERS = ("/dev/nvidiactl", "/dev/dxg")  # of Linux and of its subsystem in Windows
 
 
 def choose_engine(engine: str, device: str, precision: str) -> str:
@@ -44,3 +47,12 @@ def check_engine(engine: str, device: str, precision: str) -> None:
         )
     if precision == "int8" and (engine == "torch" or not able):
         raise SettingsError(f"precision int8 runs on CPUs by engine openvino, not on {device} by engine {engine}")
+
+
+def resolve_device(device: str) -> str:
+    """Turn auto, cpu, cuda or cuda:N into cpu, cuda or cuda:N. Raises DeviceUnavailable or SettingsError."""
+    if device == "cpu" or (device == "auto" and not any(Path(path).exists() for path in NVIDIA_DRIVERS)):
+        return "cpu"  # without torch, which takes a second to import
+    from clipfleet.torch_engine import resolve_device as of_torch
+
+    return of_torch(device)

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from clipfleet.checkpoint import find_checkpoint
-from clipfleet.encoder import Encoder, resolve_device
+from clipfleet.encoder import Encoder
+from clipfleet.engines import resolve_device
 from clipfleet.errors import CheckpointUnsupported, DeviceUnavailable, InvalidRequest, SettingsError
 from clipfleet.images import decode
 from clipfleet.vectors import rank

@@ -128,9 +128,7 @@ def _load(
                 answers.append(repr(error))
 
 
-@pytest.mark.parametrize(
-    ("deployment", "items"), [("ImageDecoder", 1), ("ImageDecoder", 16), ("ImageEncoder", 16), ("TextEncoder", 400)]
-)
+@pytest.mark.parametrize(("deployment", "items"), [("ImageDecoder", 1), ("ImageEncoder", 16), ("TextEncoder", 400)])
 def test_a_killed_replica_fails_no_request(service: Service, files: list[bytes], deployment: str, items: int) -> None:
     """Nor one of many items, all of which the replica had in hand."""
     stop = threading.Event()
