@@ -225,7 +225,7 @@ def _models(url: str | None, api_key: str | None) -> Iterable[dict[str, Any]]:
         return offline_models()
     from clipfleet.client import Client
 
-    with Client(url, api_key, deadline_s=10) as client:
+    with Client(url, api_key, deadline_s=3) as client:
         return client.models()
 
 

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from clipfleet import wire
 from clipfleet.connection import Connection
 from clipfleet.errors import ClipfleetError, Closed, EmptyInput, FingerprintMismatch, InputError, SettingsError
+from clipfleet.loop_thread import LoopThread
 from clipfleet.vectors import Ranked
 from clipfleet.wire import Embedding, Part
 
@@ -79,8 +80,8 @@ class _Core:
             answer = await self.connection.ask(**wire.request(part, sent, on_error, self._options))
         except ClipfleetError as error:
             if error.code in _TOO_LARGE and len(part.items) > 1:
-                half = len(part.items) // 2
                 first, second = part.halves()
+                half = len(first.items)
                 return [
                     *await self._send(first, sent[:half], on_error),
                     *await self._send(second, sent[half:], on_error),
@@ -117,8 +118,8 @@ class _OneCheckpoint:
         return embedding
 
 
-class AsyncClient:
-    """A service's client for asyncio; it keeps its connections until `aclose`.
+class _Client:
+    """A service's client. It keeps its connections until it is closed.
 
     `deadline_s` is for one request with all its repetitions, of which `concurrency` are under way at once. With `model` the
     service refuses to answer with another one. Raises SettingsError for a `url` that is none.
@@ -133,11 +134,18 @@ class AsyncClient:
         deadline_s: float = 120.0,
         concurrency: int = 4,
     ) -> None:
-        self._concurrency = _at_least_one(concurrency)
+        if concurrency < 1:
+            raise SettingsError(f"concurrency is a number of requests from 1 on, not {concurrency}")
+        self._concurrency = concurrency
         self._core = _Core(url, api_key, model, deadline_s)
+        self._lock = threading.Lock()
 
     def __repr__(self) -> str:
-        return f"AsyncClient({self._core.connection.url!r})"
+        return f"{type(self).__name__}({self._core.connection.url!r})"
+
+
+class AsyncClient(_Client):
+    """A service's client for asyncio: the calls of `Client`, to await."""
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -204,31 +212,15 @@ class AsyncClient:
             await asyncio.gather(*waiting, return_exceptions=True)
 
 
-class Client:
-    """A service's client. Threads may share it; it keeps its connections until `close`.
+class Client(_Client):
+    """A service's client, which threads may share. It keeps its connections until it is closed.
 
     `deadline_s` is for one request with all its repetitions, of which `concurrency` are under way at once. With `model` the
     service refuses to answer with another one. Raises SettingsError for a `url` that is none.
     """
 
-    def __init__(
-        self,
-        url: str,
-        api_key: str | None = None,
-        *,
-        model: str | None = None,
-        deadline_s: float = 120.0,
-        concurrency: int = 4,
-    ) -> None:
-        self._concurrency = _at_least_one(concurrency)
-        self._service = url, api_key, model, deadline_s
-        self._core = _Core(*self._service)
-        self._lock = threading.Lock()
-        self._loop: _LoopThread | None = None
-        self._closed = False
-
-    def __repr__(self) -> str:
-        return f"Client({self._core.connection.url!r})"
+    _loop: LoopThread | None = None
+    _closed = False
 
     def __enter__(self) -> Client:
         return self
@@ -302,14 +294,12 @@ class Client:
 
     def _submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         with self._lock:
-            if self._closed:
+            if self._closed or (self._loop is not None and self._loop.pid != os.getpid()):
                 work.close()
-                raise Closed(f"{self!r} is closed")
-            if self._loop is None or self._loop.pid != os.getpid():  # a fork has neither the thread nor the connections
-                if self._loop is not None:
-                    work.close()
-                    raise Closed(f"{self!r} was made before a fork; make one in each process")
-                self._loop = _LoopThread()
+                why = "is closed" if self._closed else "was used before a fork; make one in each process"
+                raise Closed(f"{self!r} {why}")
+            if self._loop is None:
+                self._loop = LoopThread()
                 weakref.finalize(self, _close, self._loop, self._core.connection)
             return self._loop.submit(work)
 
@@ -322,52 +312,8 @@ def _result(future: Future[T]) -> T:
         raise
 
 
-class _LoopThread:
-    """An event loop in a thread, which does the requests of a Client."""
-
-    def __init__(self) -> None:
-        self.pid = os.getpid()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=_run, args=(self._loop,), name="clipfleet-client", daemon=True)
-        self._thread.start()
-
-    def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
-
-    def end(self, last: Coroutine[Any, Any, None]) -> None:
-        """Cancel what is under way, do the last thing, and end."""
-        if self.pid != os.getpid() or self._loop.is_closed():
-            last.close()
-            return
-        asyncio.run_coroutine_threadsafe(_end(self._loop, last), self._loop)
-        if threading.current_thread() is not self._thread:
-            self._thread.join(5)
-
-
-def _close(loop: _LoopThread, connection: Connection) -> None:
+def _close(loop: LoopThread, connection: Connection) -> None:
     loop.end(connection.close())
-
-
-def _run(loop: asyncio.AbstractEventLoop) -> None:
-    try:
-        loop.run_forever()
-    finally:
-        loop.close()
-
-
-async def _end(loop: asyncio.AbstractEventLoop, last: Coroutine[Any, Any, None]) -> None:
-    others = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in others:
-        task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)
-    await last
-    loop.call_soon(loop.stop)
-
-
-def _at_least_one(concurrency: int) -> int:
-    if concurrency < 1:
-        raise SettingsError(f"concurrency is a number of requests from 1 on, not {concurrency}")
-    return concurrency
 
 
 def _check_list(items: Any, what: What) -> None:

@@ -75,6 +75,8 @@ class Connection:
                 if answer.status_code not in _AGAIN:
                     raise problem
                 advised = _advised(answer)
+            except TimeoutError:
+                raise DeadlineExceeded(f"{self.url} gave no answer within {self._deadline_s:g} s") from None
             except httpx.RequestError as error:
                 problem = self._unanswered(error)
                 if not _may_heal(error):
@@ -91,16 +93,11 @@ class Connection:
     ) -> httpx.Response:
         left = max(left, 0.001)
         asked = {**headers, "X-Deadline-Ms": f"{max(1, int(left * 1000))}"}  # nobody waits for it any longer
-        timeout = httpx.Timeout(left, connect=min(left, _CONNECT_S))  # of each step
-        try:
-            async with asyncio.timeout(left):
-                return await self._http.request(method, path, headers=asked, timeout=timeout, **body)
-        except TimeoutError:
-            raise httpx.ReadTimeout("") from None
+        timeout = httpx.Timeout(None, connect=_CONNECT_S)  # httpx's are for each step
+        async with asyncio.timeout(left):
+            return await self._http.request(method, path, headers=asked, timeout=timeout, **body)
 
     def _unanswered(self, error: httpx.RequestError) -> ClipfleetError:
-        if isinstance(error, (httpx.ReadTimeout, httpx.WriteTimeout)):
-            return DeadlineExceeded(f"{self.url} gave no answer within {self._deadline_s:g} s")
         if isinstance(error, httpx.DecodingError):
             return Unavailable(f"{self.url} gave an answer that does not decode: {error}")
         return Unavailable(f"{self.url} cannot be reached: {type(error).__name__} {error}".rstrip())

@@ -17,9 +17,8 @@ _returned = 0.0  # when return_unused last did
 def return_large_blocks() -> None:
     """Give each freed block of 256 KiB or more back to the system at once.
 
-    glibc raises that limit, up to 32 MiB, whenever a larger block is freed, and holes between blocks of changing sizes stay:
-    OpenVINO's activations over batches of 1 to 32 took 125 MB more than needed, in steps over half an hour of mixed traffic.
-    Fixed, they took 75 MB and stayed, and no forward pass was slower.
+    glibc raises that limit, up to 32 MiB, whenever a larger block is freed, and holes between blocks of changing sizes stay, as
+    between OpenVINO's activations for batches of every size: under `make soak` an encoder grew by 144 MB an hour.
     """
     with suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL(None)
@@ -31,7 +30,7 @@ def return_unused() -> None:
     """Give what is free back to the system, every 10 s at most.
 
     For decoders: after images of tens of megapixels, among small ones on several threads, hundreds of MB stay free in holes.
-    There return_large_blocks would cost a fifth of the images/s.
+    return_large_blocks is not for them, whose images would each be made of new pages.
     """
     global _returned
     now = time.monotonic()

@@ -44,18 +44,16 @@ def serve_until_stopped(
     """
     http = config.get("http_options") or {}
     listen: str = host or http.get("host", "127.0.0.1")
-    public: str | None = None
+    public = _public(listen, open_to_all)
 
     def prepared(config: dict[str, Any]) -> dict[str, Any]:
         return _prepared(config, model, public)
 
     def listens(address: str) -> None:
         nonlocal public
-        if not (open_to_all or _is_loopback(address)):
-            public = address
-            prepared(config)
+        public = _public(address, open_to_all)
+        prepared(config)
 
-    listens(listen)
     config = prepared(config)
     certificate = _check_certificate(tls) if tls else ""
     try:
@@ -143,6 +141,11 @@ def _check_certificate(file: Path) -> str:
             f"{str(file)!r} is no PEM file of a certificate chain and its private key: {error}"
         ) from None
     return str(file.expanduser().absolute())
+
+
+def _public(address: str, open_to_all: bool) -> str | None:
+    """The address if others reach it and keys are needed for that."""
+    return None if open_to_all or _is_loopback(address) else address
 
 
 def _is_loopback(host: str) -> bool:

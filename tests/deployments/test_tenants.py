@@ -140,15 +140,6 @@ def test_one_key_does_not_starve_another(keyed: Service, keys: dict[str, str]) -
     assert set(told["importer"]) == {200, 429}
 
 
-def test_no_key_is_written_anywhere(keyed: Service, keys: dict[str, str]) -> None:
-    """Run after the others of this module that use them."""
-    written = [file for file in keyed.folder.rglob("*") if file.is_file() and not file.is_socket()]
-    assert written
-    found = [file for file in written for key in keys.values() if key.encode() in file.read_bytes()]
-    assert found == []
-    assert not any(key in keyed.command.out + keyed.command.err for key in keys.values())
-
-
 def test_a_killed_ingress_fails_no_request(keyed: Service, keys: dict[str, str], library: Library) -> None:
     """Bodies of 4 MiB, by clients that do not try again."""
     bodies = [encode(picture("RGB", 1180, 1170 + number), "BMP") for number in range(4)]
@@ -173,3 +164,12 @@ def test_a_serve_controller_that_dies_fails_no_request(keyed: Service, keys: dic
         so_far = told.total()
         until(lambda: told.total() > so_far + 40, 60, "answers")
     assert set(told) == {"right"}, told
+
+
+def test_no_key_is_written_anywhere(keyed: Service, keys: dict[str, str]) -> None:
+    """The last of this module, when all the others have used them."""
+    written = [file for file in keyed.folder.rglob("*") if file.is_file() and not file.is_socket()]
+    assert written
+    found = [file for file in written for key in keys.values() if key.encode() in file.read_bytes()]
+    assert found == []
+    assert not any(key in keyed.command.out + keyed.command.err for key in keys.values())
