@@ -67,6 +67,10 @@ class Admission:
         self._by_key: Counter[str] = Counter()  # items in flight of each API key
         self._bytes_by_key: Counter[str] = Counter()
 
+    def items(self) -> int:
+        """Images and texts in flight."""
+        return sum(lane.items for lane in self.lanes.values())
+
     def check_bytes(self, size: int, own: int = 0, key: str | None = None) -> None:
         """Raise Overloaded if `size` more bytes of a request that holds `own` would pass the limit; alone it never does.
 

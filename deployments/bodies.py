@@ -118,6 +118,13 @@ def parse_json(data: bytes, kind: type[M], limits: LimitSettings) -> M:
         raise invalid(error.errors(include_input=False, include_url=False, include_context=False)) from None
 
 
+_ITEM = 'an item is a string, {"text": "..."} or {"image": "..."}'
+_NO_ITEM = (
+    f"has none of the accepted types; {_ITEM}. Token ids are not taken: LangChain's OpenAIEmbeddings sends texts with "
+    "check_embedding_ctx_length=False"
+)
+
+
 def invalid(problems: Sequence[Any]) -> InvalidRequest:
     """One error from pydantic's list of problems; the field's name, with the item's place, goes to `param`."""
     first = problems[0]
@@ -128,7 +135,7 @@ def invalid(problems: Sequence[Any]) -> InvalidRequest:
     same = [problem for problem in problems if problem["loc"][:1] == place[:1]]
     index = next((part for problem in same for part in problem["loc"] if isinstance(part, int)), None)
     param = f"{place[0]}" if index is None else f"{place[0]}[{index}]"
-    reason = _misnamed(same) or ("has none of the accepted types (see /docs)" if len(same) > 1 else first["msg"])
+    reason = _misnamed(same) or (_NO_ITEM if len(same) > 1 else first["msg"])
     return InvalidRequest(f"{param}: {reason}", param=param)
 
 
@@ -149,4 +156,4 @@ def _misnamed(problems: Sequence[Any]) -> str | None:
         if nowhere
         else "has a text and an image"
     )
-    return f'{named}; an item is a string, {{"text": "..."}} or {{"image": "..."}}, with no other field'
+    return f"{named}; {_ITEM}, with no other field"

@@ -27,12 +27,12 @@ from clipfleet.errors import (
 )
 from clipfleet.keys import KeyRing
 from deployments.bodies import invalid
-from deployments.responses import error_response
+from deployments.responses import FINGERPRINT_HEADER, error_response
 
-FINGERPRINT_HEADER = "X-Clipfleet-Fingerprint"
 DEADLINE_HEADER = "X-Deadline-Ms"
 KEY_NAME = "clipfleet.key"  # in the scope: the name of the request's API key
-_OPEN_PATHS = ("/healthz", "/readyz")
+# Those of Weaviate and infinity among them, which ask without a key.
+_OPEN_PATHS = ("/healthz", "/readyz", "/health", "/.well-known/live", "/.well-known/ready")
 _LOOK_EVERY_S = 1.0
 # HAProxy lets headers through that fill its buffer. What reads them takes seconds for megabytes, and stops all others.
 _HEADER_BYTES = 64 * 2**10

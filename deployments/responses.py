@@ -1,17 +1,27 @@
-"""From errors to HTTP: the one table of statuses, and OpenAI's error body."""
+"""From outcomes and errors to HTTP: vectors as JSON or .npy, the one table of statuses, and OpenAI's error body."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
 import orjson
 from ray.serve.metrics import Counter
 from starlette.responses import Response
 
 from clipfleet import errors
 from clipfleet.errors import ClipfleetError
+from clipfleet.vectors import to_base64, to_npy
+from deployments.encoder import EncodedText
+from deployments.pipeline import Outcome
+from deployments.schemas import Options
+
+NPY = "application/x-npy"
+ERRORS_HEADER = "X-Clipfleet-Errors"
+FINGERPRINT_HEADER = "X-Clipfleet-Fingerprint"
 
 # Looked up along a class's bases, so a leaf without a line has its parent's status.
 STATUS: dict[type[ClipfleetError], int] = {
@@ -88,3 +98,39 @@ def json_response(content: object, status: int = 200) -> Response:
     """JSON by orjson, which writes numpy vectors from their buffers."""
     body = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
     return Response(body, status, media_type="application/json")
+
+
+def vector(outcome: Outcome) -> np.ndarray:
+    """A good outcome's vector (d,)."""
+    assert not isinstance(outcome, ClipfleetError)
+    return outcome.vector if isinstance(outcome, EncodedText) else outcome
+
+
+def entry(number: int, outcome: Outcome, options: Options) -> dict[str, Any]:
+    """One item of OpenAI's `data`: its vector, or its error, which is counted."""
+    entry: dict[str, Any] = {"object": "embedding", "index": number}
+    if isinstance(outcome, ClipfleetError):
+        count_error(outcome)
+        error = error_body(outcome)["error"]
+        return entry | {"embedding": None, "error": {"code": error["code"], "message": error["message"]}}
+    found = vector(outcome)
+    entry["embedding"] = to_base64(found, options.dtype) if options.encoding_format == "base64" else found
+    if isinstance(outcome, EncodedText) and outcome.truncated:
+        entry["truncated"] = True
+    return entry
+
+
+def npy_response(outcomes: Sequence[Outcome], options: Options, model: Mapping[str, Any]) -> Response:
+    """One .npy (n, d), with NaN rows for the bad items, which a header lists."""
+    bad = {i: outcome for i, outcome in enumerate(outcomes) if isinstance(outcome, ClipfleetError)}
+    missing = np.full(model["dimension"], np.nan, np.float32)
+    rows = [missing if i in bad else vector(outcome) for i, outcome in enumerate(outcomes)]
+    # The gate's would be the fingerprint of now, which may have changed while this was computed.
+    headers = {FINGERPRINT_HEADER: model["fingerprint"]}
+    response = Response(to_npy(np.stack(rows), options.dtype), media_type=NPY, headers=headers)
+    if bad:
+        for error in bad.values():
+            count_error(error)
+        listed = [{"index": i, "code": error.code} for i, error in bad.items()]
+        response.headers[ERRORS_HEADER] = orjson.dumps(listed).decode()
+    return response

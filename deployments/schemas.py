@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
 
@@ -129,6 +130,11 @@ class Model(Wire):
     fingerprint: str
     precision: str
     engine: str
+
+
+def public_model(description: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of Model, of what an encoder says of its checkpoint."""
+    return {"object": "model", **{name: description[name] for name in Model.model_fields if name != "object"}}
 
 
 class ModelList(Wire):

@@ -115,7 +115,7 @@ def _upgrade(service: Service, read: Callable[[], dict[str, Any]], say: Callable
 
 def _same_checkpoint(service: Service, config: dict[str, Any]) -> bool:
     """Whether the running encoders have the very files that the config's checkpoint has now."""
-    from deployments.gate import FINGERPRINT_HEADER
+    from deployments.responses import FINGERPRINT_HEADER
 
     settings = service_settings(_arguments(config))
     now = fingerprint(find_checkpoint(settings.model), exif_orientation=settings.exif_orientation)

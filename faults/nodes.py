@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks.processes import below
 from faults.chaos import CLIENTS, pictures, row_of
 from faults.report import Row
-from faults.served import ROOT, Served, config, serve
+from faults.served import ROOT, config, serve
 from faults.traffic import traffic
 
 NODE_CPUS = 2
@@ -34,9 +34,10 @@ signal.pause()
 
 
 @contextmanager
-def second_node(served: Served) -> Iterator[int]:
-    """Another raylet on this machine that joins the service's Ray; yields the process id of what started it."""
-    titles = {pid: Path("/proc", str(pid), "cmdline").read_text().replace("\0", " ") for pid in served.processes()}
+def second_node(service: int) -> Iterator[int]:
+    """Another raylet on this machine that joins the Ray of the `clipfleet serve` with this process id; yields the process id
+    of what started it."""
+    titles = {pid: Path("/proc", str(pid), "cmdline").read_text().replace("\0", " ") for pid in below(service)}
     ((raylet, title),) = [item for item in titles.items() if item[1].split(" ")[0].endswith("raylet")]
     address = re.search(r"--gcs-address=(\S+)", title)
     assert address, title
@@ -66,7 +67,7 @@ def dying_node() -> list[Row]:
     for deployment in both["applications"][0]["deployments"]:
         deployment["max_replicas_per_node"] = 1
     with serve(config({}), "tiny") as served:
-        with second_node(served) as node:
+        with second_node(served.pid) as node:
             time.sleep(5)
             print(served.reload(both), flush=True)
             theirs = [name for name in below(node).values() if name in DEPLOYMENTS]
@@ -76,7 +77,7 @@ def dying_node() -> list[Row]:
                 print(f"{time.strftime('%T')} kill -9 {raylet} (raylet, with {', '.join(theirs)})", flush=True)
                 os.kill(raylet, signal.SIGKILL)
                 time.sleep(40)
-        with second_node(served) as another:
+        with second_node(served.pid) as another:
             end = time.monotonic() + 120
             while set(DEPLOYMENTS) - set(below(another).values()) and time.monotonic() < end:
                 time.sleep(1)

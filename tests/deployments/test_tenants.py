@@ -14,12 +14,14 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import openai
 import pytest
 import yaml
 from PIL import Image
 
 from clipfleet.keys import add_key, revoke_key
-from tests.deployments.processes import until
+from faults.nodes import second_node
+from tests.deployments.processes import below, until
 from tests.deployments.service import ROOT, Service, serving
 from tests.library import Library
 from tests.pictures import encode, picture
@@ -104,7 +106,11 @@ def test_who_is_let_in(keyed: Service, keys: dict[str, str], keys_file: Path) ->
 
     assert [status(None), status("nobody's"), status(f"{keys['shop']}x")] == [401, 401, 401]
     assert [status(keys["shop"]), status(keys["importer"]), status(keys["old"])] == [200, 200, 200]
-    assert [status(None, path) for path in ("/healthz", "/readyz", "/docs", "/openapi.json")] == [200, 200, 401, 401]
+    open_paths = ("/healthz", "/readyz", "/health", "/.well-known/live", "/.well-known/ready")
+    assert [status(None, path) for path in open_paths] == [200, 200, 200, 204, 204]
+    assert [status(None, path) for path in ("/docs", "/openapi.json", "/models", "/meta")] == [401] * 4
+    with openai.OpenAI(base_url=f"{keyed.url}/v1", api_key="nobody's") as client, pytest.raises(openai.AuthenticationError):
+        client.embeddings.create(input="a", model="tiny")
     revoke_key(keys_file, "old")
     until(lambda: [status(keys["old"]) for _ in range(8)] == [401] * 8, 30, "a refusal of the revoked key")
     assert status(keys["shop"]) == 200
@@ -163,6 +169,36 @@ def test_a_serve_controller_that_dies_fails_no_request(keyed: Service, keys: dic
         until(lambda: controllers() not in ([], [victim]), 90, "another controller")
         so_far = told.total()
         until(lambda: told.total() > so_far + 40, 60, "answers")
+    assert set(told) == {"right"}, told
+
+
+def test_a_second_node_that_dies_fails_no_request(
+    keyed: Service, keys: dict[str, str], keys_file: Path, library: Library
+) -> None:
+    """It has a decoder and an encoder, as the first has; what was on it is served by the first."""
+    config_file = keys_file.with_name("keyed.yaml")
+    config = yaml.safe_load(config_file.read_text())
+    for deployment in config["applications"][0]["deployments"]:
+        if deployment["name"] in ("ImageDecoder", "ImageEncoder"):
+            deployment |= {"num_replicas": 2, "max_replicas_per_node": 1}
+    bodies = [encode(picture("RGB", 300, 200 + number), "JPEG") for number in range(4)]
+    with second_node(keyed.command.pid) as node:
+
+        def theirs() -> set[str]:
+            kinds = {process.title.partition(":clipfleet:")[2].partition(":")[0] for process in below(node)}
+            return kinds & {"ImageDecoder", "ImageEncoder"}
+
+        config_file.write_text(yaml.safe_dump(config))
+        ready = keyed.command.out.count("clipfleet ready: ")
+        keyed.command.send(signal.SIGHUP)
+        until(lambda: keyed.command.out.count("clipfleet ready: ") > ready, 120, "replicas on both nodes")
+        assert theirs() == {"ImageDecoder", "ImageEncoder"}, below(node)
+        (raylet,) = [process for process in below(node) if "/raylet/raylet" in process.title]
+        with _asking(keyed, keys["shop"], bodies, library.images(bodies)) as told:
+            os.kill(raylet.pid, signal.SIGKILL)
+            until(lambda: not theirs(), 30, "an end of the node's replicas")
+            so_far = told.total()
+            until(lambda: told.total() > so_far + 100, 60, "answers")
     assert set(told) == {"right"}, told
 
 

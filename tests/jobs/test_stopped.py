@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -138,6 +139,24 @@ def test_a_dest_that_vanishes_stops_it_with_one_line(source: Path, tmp_path: Pat
             f"clipfleet: DEST {str(dest)!r} has vanished while the job ran. Bring it back, or start anew"
         ]
         away.rename(dest)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk")
+def test_a_full_disk_stops_it_with_one_line(source: Path, tmp_path: Path) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", tmp_path], check=True)
+    try:
+        done = embed(source, tmp_path)
+        assert done.status == 1, done.err
+        *_, line = [line for line in done.err.splitlines() if not line.startswith("Embedding: ")]
+        assert "No space left on device" in line and str(tmp_path) in line and GOES_ON in line
+        kept = read(tmp_path).column("id").to_pylist()  # whole files only
+        assert 0 < len(kept) < COUNT
+        subprocess.run(["mount", "-o", "remount,size=64m", tmp_path], check=True)
+        assert embed(source, tmp_path).status == 0
+        ids = read(tmp_path).column("id").to_pylist()
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+    assert sorted(ids) == sorted(file.name for file in source.iterdir())
 
 
 def test_two_jobs_on_one_dest(source: Path, tmp_path: Path) -> None:
