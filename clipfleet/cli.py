@@ -25,6 +25,7 @@ app = typer.Typer(
 STOPPED, WRONG_USAGE, FAILED_ROWS = 1, 2, 3
 _DEFAULT_MODEL = "openai/clip-vit-base-patch32"
 _MODEL_HELP = "Checkpoint: tiny (embedded), a folder, a hub id, or id@revision."
+_AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
 _EXTRAS = (
     "torch", "transformers", "PIL", "loguru", "huggingface_hub", "safetensors", "sentencepiece", "tokenizers",
     "ray", "fastapi", "starlette", "orjson", "pyarrow", "grpc",
@@ -53,6 +54,11 @@ def _reported(extra: str, wrong_settings: int = STOPPED) -> Iterator[None]:
 def _fail(message: str, status: int = STOPPED) -> None:
     typer.echo(f"clipfleet: {message}", err=True)
     raise typer.Exit(status)
+
+
+def _say(what: Any, as_json: bool) -> None:
+    """Print a result as words, or as what its as_json gives."""
+    typer.echo(json.dumps(what.as_json(), ensure_ascii=False) if as_json else str(what))
 
 
 def _version(asked: bool) -> None:
@@ -85,6 +91,11 @@ def serve(
     tls: Annotated[
         Path | None, typer.Option(help="Speak HTTPS with this PEM file: the certificate chain and its private key.")
     ] = None,
+    index: Annotated[
+        str | None,
+        typer.Option(help="Search this index at /v1/search: a folder of `clipfleet index`, or a Qdrant's URL."),
+    ] = None,
+    collection: Annotated[str | None, typer.Option(help="The collection of that Qdrant; default: images.")] = None,
 ) -> None:
     """Serve a checkpoint over HTTP, on a local Ray or on the one that RAY_ADDRESS names. Ctrl-C stops it; SIGHUP has it
     read CONFIG again and change over without failing a request."""
@@ -96,8 +107,19 @@ def serve(
 
         serve_until_stopped(
             settings, lambda: read_config(config), model=model, host=host, port=port, metrics_port=metrics_port,
-            open_to_all=open_to_all, tls=tls, say=typer.echo,
+            open_to_all=open_to_all, tls=tls, search=_search(index, collection), say=typer.echo,
         )  # fmt: skip
+
+
+def _search(index: str | None, collection: str | None) -> dict[str, str] | None:
+    """What --index says of `args.search`."""
+    if index is None:
+        if collection:
+            raise typer.BadParameter("--collection needs --index")
+        return None
+    from clipfleet.qdrant import place_of
+
+    return {"qdrant": place_of(index)} | ({"collection": collection} if collection else {})
 
 
 @app.command(
@@ -135,6 +157,7 @@ def embed(
     reduced_jpeg: Annotated[
         bool, typer.Option("--reduced-jpeg", help="Decode large JPEGs at a fraction of their size: faster, less exact.")
     ] = False,
+    as_json: _AsJson = False,
 ) -> None:
     """Embed many images into files of vectors, streaming and resumable.
 
@@ -170,9 +193,65 @@ def embed(
                 reduced_jpeg=reduced_jpeg,
             )
         )
-        typer.echo(str(summary))
+        _say(summary, as_json)
         if summary.verdict:
             _fail(summary.verdict, summary.exit_status)
+        raise typer.Exit(summary.exit_status)
+
+
+@app.command(
+    epilog="Examples:  clipfleet index photos/ --model tiny  (then: clipfleet serve --model tiny --index clipfleet-index)  |  "
+    "clipfleet index photos/ --into http://qdrant:6333 --collection products"
+)
+def index(
+    source: Annotated[
+        str, typer.Argument(help="A folder, a glob, tars, or a manifest (.parquet, .csv, .tsv, .jsonl).")
+    ],
+    folder: Annotated[
+        Path,
+        typer.Option(help="Where the vectors are kept, from which a killed run goes on, and without --into the index."),
+    ] = Path("clipfleet-index"),
+    into: Annotated[
+        str | None, typer.Option(help="The URL of a Qdrant server; default: Qdrant's files in FOLDER.")
+    ] = None,
+    collection: Annotated[str, typer.Option(help="The Qdrant collection; made if it is not there.")] = "images",
+    qdrant_api_key: Annotated[str | None, typer.Option(envvar="QDRANT_API_KEY", help="Key of that Qdrant.")] = None,
+    thumbnails: Annotated[bool, typer.Option(help="Keep a small picture of each image in the collection.")] = True,
+    model: Annotated[str, typer.Option(help=_MODEL_HELP)] = _DEFAULT_MODEL,
+    path_column: Annotated[str | None, typer.Option(help="The manifest's column of image paths.")] = None,
+    bytes_column: Annotated[str | None, typer.Option(help="The manifest's column of image bytes.")] = None,
+    id_column: Annotated[str | None, typer.Option(help="The manifest's column of ids; default: the path.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    precision: Annotated[str, typer.Option(help="float32, float16, bfloat16, or int8 on CPUs.")] = "float32",
+    address: Annotated[str | None, typer.Option(envvar="RAY_ADDRESS", help="A running Ray; default: its own.")] = None,
+    as_json: _AsJson = False,
+) -> None:
+    """Make a collection of images ready to be searched, or bring it up to date: new and changed files are embedded, those that
+    have gone are removed. It is `clipfleet embed --changed` with a Qdrant collection; ends with the same statuses."""
+    with _reported("serve", WRONG_USAGE):
+        from clipfleet.qdrant import index_folder
+        from jobs.embed_images import run
+        from jobs.options import EmbedOptions
+
+        summary = run(
+            EmbedOptions(
+                source=source,
+                dest=str(folder / "vectors"),
+                model=model,
+                path_column=path_column,
+                bytes_column=bytes_column,
+                id_column=id_column,
+                changed=bytes_column is None,
+                qdrant=into or str(index_folder(folder)),
+                collection=collection,
+                qdrant_api_key=qdrant_api_key,
+                thumbnails=thumbnails,
+                device=device,
+                precision=precision,
+                address=address,
+            )
+        )
+        _say(summary, as_json)
         raise typer.Exit(summary.exit_status)
 
 
@@ -241,6 +320,7 @@ def bench(
     requests: Annotated[int, typer.Option(min=1, help="How many in all.")] = 200,
     items: Annotated[int, typer.Option(min=1, help="Images or texts in one request.")] = 1,
     api_key: Annotated[str | None, typer.Option(envvar="CLIPFLEET_API_KEY", help="Key of that service.")] = None,
+    as_json: _AsJson = False,
 ) -> None:
     """Load a running service and print its throughput and percentiles. Ends with status 3 if a request failed."""
     with _reported("local"):
@@ -249,7 +329,7 @@ def bench(
         result = run_bench(
             url, images=images or [], texts=texts, clients=clients, requests=requests, items=items, api_key=api_key
         )
-        typer.echo(str(result))
+        _say(result, as_json)
         raise typer.Exit(FAILED_ROWS if result.failures or not result.items else 0)
 
 
@@ -273,6 +353,7 @@ def plan(
     out: Annotated[
         Path | None, typer.Option(help="Write the config file here; otherwise it follows the report on stdout.")
     ] = None,
+    as_json: _AsJson = False,
 ) -> None:
     """Measure this machine with a checkpoint and images like yours; print what is needed, its price and a config file."""
     with _reported("serve"):
@@ -290,12 +371,12 @@ def plan(
             model, precision, reduced_jpeg, rates, measure_transport().rate, cores(), gpu_count(),
             Prices(core_price, gpu_price),
         )  # fmt: skip
-        typer.echo(f"{found}\n")
-        if out is None:
-            typer.echo(found.config())
-        else:
+        _say(found, as_json)
+        if out is not None:
             write_config(found, out)
-            typer.echo(f"wrote {out}; try: clipfleet serve {out}")
+            typer.echo(f"wrote {out}; try: clipfleet serve {out}", err=as_json)
+        elif not as_json:  # which has it already
+            typer.echo(f"\n{found.config()}")
 
 
 @app.command(
@@ -313,7 +394,7 @@ def doctor(
     qdrant: Annotated[str | None, typer.Option(help="A Qdrant with a collection: can it be kept?")] = None,
     collection: Annotated[str | None, typer.Option(help="That collection.")] = None,
     qdrant_api_key: Annotated[str | None, typer.Option(envvar="QDRANT_API_KEY", help="Key of that Qdrant.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    as_json: _AsJson = False,
 ) -> None:
     """Say what is installed, which device and engine would be used and why, and whether ports, a config file and an index fit.
     Downloads and changes nothing. Ends with status 1 if something does not fit."""
@@ -347,13 +428,13 @@ def add_key_command(name: _KeyName, file: _KeyFile) -> None:
 
 
 @keys.command("list")
-def list_keys_command(file: _KeyFile) -> None:
+def list_keys_command(file: _KeyFile, as_json: _AsJson = False) -> None:
     """Print the names of the keys."""
     with _reported("local"):
         from clipfleet.keys import read_keys
 
         for name in read_keys(file):
-            typer.echo(name)
+            typer.echo(json.dumps({"name": name}) if as_json else name)
 
 
 @keys.command("revoke")

@@ -197,7 +197,7 @@ def _dest(dest: str, model: str, exif_orientation: bool) -> str:
 def _collection(place: str, name: str | None, api_key: str | None, model: str, exif_orientation: bool) -> str:
     from clipfleet.checkpoint import find_checkpoint
     from clipfleet.fingerprint import fingerprint
-    from jobs.qdrant import Collection
+    from clipfleet.qdrant import Collection
 
     if name is None:
         raise SettingsError("--qdrant needs --collection")

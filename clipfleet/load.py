@@ -10,7 +10,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -50,6 +51,11 @@ class Load:
     def rate(self) -> float:
         """Items a second."""
         return self.items / self.seconds
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it; null for times of nothing."""
+        times = {name: getattr(self, name) if self.items else None for name in ("p50", "p90", "p99")}
+        return {**asdict(self), "items_per_second": self.rate, **times}
 
     def __str__(self) -> str:
         times = ", ".join(f"{name} {getattr(self, name) * 1000:.0f} ms" for name in ("p50", "p90", "p99"))

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -180,6 +181,24 @@ class Plan:
         """The price of a million images by the job or a saturated service; None without prices."""
         hourly = self.cores_per_encoder * self.prices.core + (self.prices.gpu if self.on_gpu else 0)
         return hourly * 1e6 / self.encode_rate / 3600 if hourly else None
+
+    def as_json(self) -> dict[str, Any]:
+        """What was measured, and what follows from it; the config file as text."""
+        return {
+            "model": self.model,
+            "precision": self.precision,
+            "reduced_jpeg": self.reduced_jpeg,
+            **asdict(self.rates),
+            "transport_requests_per_second": self.transport,
+            "cores": self.cores,
+            "gpus": self.gpus,
+            "batch": self.batch,
+            "encoders": self.encoders,
+            "cores_per_encoder": self.cores_per_encoder,
+            "images_per_second": self.machine_rate,
+            "price_of_a_million": self.million(),
+            "config": self.config(),
+        }
 
     def __str__(self) -> str:
         rates = self.rates

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -85,6 +86,26 @@ class UrlSettings(Settings):
         return networks
 
 
+class SearchSettings(Settings):
+    """The Qdrant collection that `/v1/search` searches: `qdrant` is a server's URL, or a folder, which one ingress opens.
+
+    A text is searched for by the mean of `templates`, in which {} stands for it.
+    """
+
+    qdrant: str
+    collection: str = "images"
+    qdrant_api_key: Annotated[str | None, Field(repr=False)] = None
+    templates: Annotated[tuple[str, ...], Field(min_length=1, max_length=100)] = ("{}",)
+
+    @field_validator("templates")
+    @classmethod
+    def _have_a_place(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
+        for template in templates:
+            if template.count("{}") != 1:
+                raise ValueError(f"template {template!r} must hold {{}} once, for the text")
+        return templates
+
+
 class ServiceSettings(Settings):
     """The `args` of the application: what is served, on what, within which limits."""
 
@@ -101,6 +122,7 @@ class ServiceSettings(Settings):
     limits: LimitSettings = LimitSettings()
     cache: CacheSettings = CacheSettings()
     image_urls: UrlSettings = UrlSettings()
+    search: SearchSettings | None = None
     api_keys: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     api_keys_file: str | None = None
     cors_origins: tuple[str, ...] = ()
@@ -173,7 +195,8 @@ def _explain(problem: Any, where: str) -> str:
         return f"{name}: there is no such setting"
     said = f"{name}: {problem['msg'].removeprefix('Value error, ')}"
     # Keys must not be shown: they are in what was given for them, and in all of the settings together.
-    return said if not problem["loc"] or problem["loc"][0] == "api_keys" else f"{said} (got {problem['input']!r})"
+    hidden = not problem["loc"] or problem["loc"][0] in ("api_keys", "search")
+    return said if hidden else f"{said} (got {problem['input']!r})"
 
 
 def service_settings(args: dict[str, Any]) -> ServiceSettings:
@@ -185,7 +208,18 @@ def service_settings(args: dict[str, Any]) -> ServiceSettings:
     if file is not None:
         file = str(Path(file).expanduser().absolute())  # replicas have another working directory
         read_keys(file)  # a mistake shows at once
-    return settings.model_copy(update={"api_keys": (*settings.api_keys, *keys), "api_keys_file": file})
+    return settings.model_copy(
+        update={"api_keys": (*settings.api_keys, *keys), "api_keys_file": file, "search": _located(settings.search)}
+    )
+
+
+def _located(search: SearchSettings | None) -> SearchSettings | None:
+    """With a folder by its whole path, and the key of QDRANT_API_KEY where none is set."""
+    if search is None:
+        return None
+    place = search.qdrant if "://" in search.qdrant else str(Path(search.qdrant).expanduser().absolute())
+    key = search.qdrant_api_key or os.environ.get("QDRANT_API_KEY") or None
+    return search.model_copy(update={"qdrant": place, "qdrant_api_key": key})
 
 
 def check_batching(
@@ -263,6 +297,20 @@ def check_deployment(entry: Any) -> str:
     return name
 
 
+def check_one_ingress(deployments: Sequence[Any]) -> None:
+    """Refuse several ingress replicas that would open one folder of Qdrant's."""
+    for entry in deployments:
+        if isinstance(entry, dict) and entry.get("name") == "Ingress":
+            scaling = entry.get("autoscaling_config") or {}
+            if entry.get("num_replicas") not in (None, 1) or (
+                isinstance(scaling, dict) and scaling.get("max_replicas", 1) != 1
+            ):
+                raise SettingsError(
+                    "args.search.qdrant is a folder, which one process opens, and Ingress has several replicas. Give the URL "
+                    "of a Qdrant server, or Ingress one replica"
+                )
+
+
 DEFAULT_MAX_ONGOING = {"Ingress": 10_000, "ImageDecoder": 64, "ImageEncoder": 256, "TextEncoder": 256}
 
 
@@ -320,8 +368,10 @@ def check_config(config: Any, source: str) -> None:
     arguments, deployments = ours[0].get("args") or {}, ours[0].get("deployments") or []
     if not isinstance(arguments, dict) or not isinstance(deployments, list):
         raise SettingsError(f"config {source!r}: args must be an object and deployments a list")
-    service_settings(arguments)
+    settings = service_settings(arguments)
     try:
+        if settings.search is not None and "://" not in settings.search.qdrant:
+            check_one_ingress(deployments)
         listed = [check_deployment(entry) for entry in deployments]
         if len(set(listed)) < len(listed):
             raise SettingsError("a deployment is listed twice")

@@ -12,7 +12,7 @@ import orjson
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from deployments.schemas import EmbeddingsRequest, RankRequest
+from deployments.schemas import EmbeddingsRequest, RankRequest, SearchRequest
 
 _REF = "#/components/schemas/"
 _FILES = {
@@ -28,6 +28,7 @@ _BODIES: dict[str, dict[str, Any]] = {
         "multipart/form-data": {"schema": _FILES, "encoding": {"files": {"contentType": "image/*"}}},
     },
     "/v1/rank": {"application/json": {"schema": {"$ref": _REF + "RankRequest"}}},
+    "/v1/search": {"application/json": {"schema": {"$ref": _REF + "SearchRequest"}}},
 }
 _DEADLINE = {
     "name": "X-Deadline-Ms",
@@ -61,7 +62,7 @@ def _document(app: FastAPI, asks_keys: bool) -> dict[str, Any]:
         routes=app.routes,
     )
     known, paths = document["components"]["schemas"], document["paths"]
-    for kind in (EmbeddingsRequest, RankRequest):
+    for kind in (EmbeddingsRequest, RankRequest, SearchRequest):
         schema = kind.model_json_schema(ref_template=_REF + "{model}")
         known.update(schema.pop("$defs", {}))
         known[kind.__name__] = schema

@@ -36,6 +36,7 @@ from deployments.responses import (
     npy_response,
     vector,
 )
+from deployments.search import Searcher, SearchRoute
 
 
 @serve.ingress()
@@ -62,7 +63,8 @@ class Ingress:
         keys = KeyRing(self._settings.api_keys, self._settings.api_keys_file)
         app = FastAPI(title="clipfleet", docs_url=None, redoc_url=None, redirect_slashes=False)
         add_error_handlers(app)
-        routes = Routes(requests)
+        searcher = Searcher(self._settings.search) if self._settings.search else None
+        routes = Routes(requests, SearchRoute(requests, searcher))
         routes.add(app, asks_keys=keys.asks)
         infinity.add_routes(app, requests, routes.embed_json)
         weaviate.add_routes(app, requests)
@@ -82,8 +84,9 @@ class Ingress:
 class Routes:
     """clipfleet's own routes."""
 
-    def __init__(self, requests: Requests) -> None:
+    def __init__(self, requests: Requests, search: SearchRoute) -> None:
         self._requests = requests
+        self._search = search
 
     def add(self, app: FastAPI, *, asks_keys: bool) -> None:
         """Add them, and the document of all."""
@@ -97,6 +100,10 @@ class Routes:
         route("POST", "/v1/embeddings", self.embeddings, schemas.EmbeddingsResponse, ITEMS)
         route("POST", "/v1/embeddings/images", self.image_embeddings, schemas.EmbeddingsResponse, ITEMS)
         route("POST", "/v1/rank", self.rank, schemas.RankResponse, ITEMS)
+        if self._search.is_on:
+            route("POST", "/v1/search", self._search.search, schemas.SearchResponse, ITEMS)
+        else:  # it says what is missing
+            app.add_api_route("/v1/search", self._search.search, methods=["POST"], include_in_schema=False)
         route("GET", "/v1/models", self.models, schemas.ModelList, KEYED)
         route("GET", "/v1/models/{model:path}", self.model, schemas.Model, (*KEYED, 404))
         route("GET", "/healthz", self.healthz, schemas.Health, OPEN)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, model_validator
 
 from clipfleet.vectors import DType
 
@@ -65,6 +65,50 @@ class RankRequest(Wire):
     model: StrictStr | None = None
     query: Item
     candidates: Items
+
+
+class WeightedItem(Wire):
+    """One of several things to search for at once: one of `text`, `image` and `id`."""
+
+    model_config = ConfigDict(extra="forbid")
+    text: StrictStr | None = None
+    image: StrictStr | None = None
+    id: Annotated[StrictStr | None, Field(description="A row that is in the collection: more like this.")] = None
+    weight: Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False, description="Below 0: unlike this.")] = 1.0
+
+    @model_validator(mode="after")
+    def _one(self) -> WeightedItem:
+        if sum(value is not None for value in (self.text, self.image, self.id)) != 1:
+            raise ValueError("must have one of text, image and id")
+        return self
+
+
+class SearchRequest(Wire):
+    """`POST /v1/search`: a text, or a list of texts, images and ids of rows, each with a weight."""
+
+    model: StrictStr | None = None
+    query: StrictStr | WeightedItem | Annotated[list[WeightedItem], Field(min_length=1, max_length=16, fail_fast=True)]
+    limit: Annotated[StrictInt, Field(ge=1, le=1000)] = 10
+    offset: Annotated[StrictInt, Field(ge=0, le=100_000)] = 0
+    filter: Annotated[dict[str, Any] | None, Field(description="Of the payload, as Qdrant writes filters.")] = None
+    thumbnails: Annotated[bool, Field(description="Whether payloads come with their thumbnails.")] = False
+
+
+class SearchResult(Wire):
+    """One row, best first."""
+
+    id: str
+    score: Annotated[float, Field(description="Cosine to the query, -1..1.")]
+    payload: dict[str, Any]
+
+
+class SearchResponse(Wire):
+    """What `/v1/search` answers."""
+
+    object: Literal["list"] = "list"
+    model: str
+    fingerprint: str
+    results: list[SearchResult]
 
 
 class ItemError(Wire):

@@ -19,7 +19,7 @@ from clipfleet.checkpoint import EMBEDDED, find_checkpoint
 from clipfleet.errors import ClipfleetError, SettingsError, SetupError
 from clipfleet.fingerprint import fingerprint
 from clipfleet.keys import KeyRing
-from clipfleet.settings import APPLICATION, ServiceSettings, service_settings
+from clipfleet.settings import APPLICATION, ServiceSettings, check_config, service_settings
 from deployments import signals
 from deployments.local_ray import Service, local_service
 
@@ -36,6 +36,7 @@ def serve_until_stopped(
     metrics_port: int,
     open_to_all: bool,
     tls: Path | None,
+    search: dict[str, str] | None,
     say: Callable[..., Any],
 ) -> None:
     """Serve a checked config file's content until Ctrl-C or SIGTERM; SIGHUP reads it again. Raises SetupError and its kin.
@@ -47,7 +48,7 @@ def serve_until_stopped(
     public = _public(listen, open_to_all)
 
     def prepared(config: dict[str, Any]) -> dict[str, Any]:
-        return _prepared(config, model, public)
+        return _prepared(config, model, search, public)
 
     def listens(address: str) -> None:
         nonlocal public
@@ -77,7 +78,9 @@ def serve_until_stopped(
         return
 
 
-def _prepared(config: dict[str, Any], model: str | None, public: str | None) -> dict[str, Any]:
+def _prepared(
+    config: dict[str, Any], model: str | None, search: dict[str, str] | None, public: str | None
+) -> dict[str, Any]:
     """The config with what the command line says of its application, and its checkpoint found. `public` is the address that
     others reach and must have keys for."""
     config = copy.deepcopy(config)
@@ -85,6 +88,9 @@ def _prepared(config: dict[str, Any], model: str | None, public: str | None) -> 
     arguments = application["args"] = dict(application.get("args") or {})
     if model is not None:
         arguments["model"] = model
+    if search is not None:
+        arguments["search"] = {**(arguments.get("search") or {}), **search}
+        check_config(config, "with --index")  # with the ingress replicas
     settings = service_settings(arguments)
     if public and not KeyRing(settings.api_keys, settings.api_keys_file).asks:
         raise SettingsError(

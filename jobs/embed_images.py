@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from clipfleet.checkpoint import EMBEDDED, Checkpoint, find_checkpoint
-from clipfleet.errors import ClipfleetError, JobError, SettingsError
+from clipfleet.errors import ClipfleetError, JobError, SettingsError, Unavailable
 from clipfleet.fingerprint import fingerprint
 from clipfleet.images import ImageLimits
 from jobs import manifests, output, parts
@@ -70,6 +70,8 @@ def run(options: EmbedOptions, *, progress: bool = True) -> Summary:
             return _finish(options, work, origin, claimed, started, ready)
     except KeyboardInterrupt:
         raise JobError(f"stopped. {GO_ON}") from None
+    except Unavailable as error:  # of Qdrant
+        raise JobError(f"{error.message}. {GO_ON}") from error
 
 
 def _open_source(options: EmbedOptions) -> Source:
@@ -126,7 +128,7 @@ def _execute(
         )
         encode = EncodePlan(
             claimed, origin, options.format, options.points, _everywhere(checkpoint), options.device,
-            options.batch_size, resources.threads,
+            options.batch_size, resources.threads, options.thumbnails,
         )  # fmt: skip
         with Progress(work.pending, progress) as shown, _counted_stop(shown, work):
             with stop.draining(flag):

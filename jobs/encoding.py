@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+from PIL import Image
 
 from clipfleet.errors import FingerprintMismatch
 from clipfleet.fingerprint import fingerprint
+from clipfleet.qdrant import Collection, Points
 from deployments.imports import encoder_class
 from jobs.decoding import unpack
 from jobs.destination import Claim
 from jobs.parts import Origin, write
-from jobs.qdrant import Collection, Points
 
 if TYPE_CHECKING:
     from clipfleet.encoder import Encoder
 
 
+_THUMBNAIL = (160, 160)  # pixels; some 5 kB in base64
+
+
 @dataclass(frozen=True)
 class EncodePlan:
-    """What an encoder has to know. `threads` are those of a CPU, `points` is the Qdrant collection to fill, if any."""
+    """What an encoder has to know. `threads` are those of a CPU, `points` is the Qdrant collection to fill, if any, with
+    `thumbnails` or without."""
 
     claim: Claim
     origin: Origin
@@ -33,6 +40,7 @@ class EncodePlan:
     device: str
     batch_size: int
     threads: int
+    thumbnails: bool = False
 
 
 class EncodeActor:
@@ -63,9 +71,18 @@ class EncodeActor:
         vectors = [self._encoder.encode_pixels(pixels[start : start + size]) for start in range(0, len(pixels), size)]
         joined = np.concatenate([np.zeros((0, self._encoder.dimension), np.float32), *vectors])  # (k, d)
         if self._points is not None:
-            self._points.upload(rows, joined)
+            self._points.upload(rows, joined, list(map(thumbnail, pixels)) if self._plan.thumbnails else ())
         write(self._plan.claim, self._plan.origin, self._plan.format, rows, joined)
         return {"rows": rows.num_rows, "failed": rows.num_rows - len(pixels), "ready": self._ready}
+
+
+def thumbnail(pixels: np.ndarray) -> str:
+    """A small JPEG, in base64, of what the model sees (H, W, 3)."""
+    picture = Image.fromarray(pixels)
+    picture.thumbnail(_THUMBNAIL)
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=80)
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def _load(plan: EncodePlan) -> Encoder:

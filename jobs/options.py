@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from clipfleet.engines import choose_engine, settle_device
 from clipfleet.errors import SettingsError
+from clipfleet.qdrant import Collection
 from jobs.parts import FORMATS, PARQUET
 from jobs.places import is_uri
-from jobs.qdrant import Collection
 from jobs.tolerance import Tolerance
 
 
@@ -18,7 +18,8 @@ class EmbedOptions:
     """One run of the job. Raises SettingsError for values that cannot be.
 
     `source` is a folder or a glob of images or of tars, a tar, or a manifest (.parquet, .csv, .tsv, .jsonl); `dest` is a
-    local folder. `format` is parquet or npy. `qdrant` is the URL of a server or a folder, `collection` a name there.
+    local folder. `format` is parquet or npy. `qdrant` is the URL of a server or a folder, `collection` a name there,
+    `thumbnails` says whether its points hold small pictures too.
     `max_failures` is the number of failed rows that is no failure of the job, or their share such as "0.5%".
     `changed` does files again that are not what they were, and marks rows whose files have gone.
     `actors` is the number of encoders, by default one a GPU, or one for every 16 CPUs where there is none.
@@ -42,6 +43,7 @@ class EmbedOptions:
     qdrant: str | None = None
     collection: str | None = None
     qdrant_api_key: str | None = field(default=None, repr=False)
+    thumbnails: bool = False
     address: str | None = None
     device: str = "auto"
     precision: str = "float32"

@@ -23,7 +23,7 @@ def run(*arguments: str | Path, cwd: Path | None = None, **variables: str) -> su
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd, env=environment)
 
 
-@pytest.mark.parametrize("command", ["serve", "embed", "encode", "models", "bench", "plan", "doctor"])
+@pytest.mark.parametrize("command", ["serve", "embed", "encode", "models", "bench", "plan", "doctor", "index"])
 def test_help_has_an_example_that_starts_with_the_command(command: str) -> None:
     done = run(command, "--help")
     assert done.returncode == 0 and f"clipfleet {command}" in done.stdout.partition("Example")[2]
@@ -31,7 +31,9 @@ def test_help_has_an_example_that_starts_with_the_command(command: str) -> None:
 
 def test_the_commands_and_the_version() -> None:
     listed = run("--help").stdout
-    assert all(command in listed for command in ("serve", "embed", "encode", "models", "bench", "plan", "doctor"))
+    assert all(
+        command in listed for command in ("serve", "embed", "encode", "models", "bench", "plan", "doctor", "index")
+    )
     assert run("--version").stdout == f"clipfleet {clipfleet.__version__}\n"
     assert run("nothing").returncode == 2
 
@@ -41,6 +43,7 @@ def test_keys_are_added_listed_and_revoked(tmp_path: Path) -> None:
     key = run("keys", "add", "search-page", "--file", file).stdout.strip()
     assert key.startswith("cf_") and key not in file.read_text()
     assert run("keys", "list", CLIPFLEET_API_KEYS_FILE=str(file)).stdout == "search-page\n"
+    assert run("keys", "list", "--json", "--file", file).stdout == '{"name": "search-page"}\n'
     assert run("keys", "revoke", "search-page", "--file", file).returncode == 0
     again = run("keys", "revoke", "search-page", "--file", file)
     assert again.returncode == 1 and again.stderr.startswith("clipfleet: there is no key 'search-page'")

@@ -12,7 +12,7 @@ import pytest
 
 from clipfleet.checkpoint import find_checkpoint
 from clipfleet.fingerprint import fingerprint
-from jobs.qdrant import Collection
+from clipfleet.qdrant import Collection
 from tests.test_cli import run
 
 TINY = fingerprint(find_checkpoint("tiny"))

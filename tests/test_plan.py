@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,6 +40,12 @@ def test_what_one_encoder_needs_and_costs() -> None:
     assert found.million() == pytest.approx(busy * 0.05 * 1e6 / 38 / 3600)
     assert plan(prices=Prices()).million() is None
     assert "0.76 cores that decode" in str(found) and "38.0 images/s in batches of 8" in str(found)
+
+
+def test_as_json() -> None:
+    printed = json.loads(json.dumps(plan().as_json()))
+    assert printed["batch"] == 8 and printed["images_per_second"] == 2 * 38 and printed["encode"]["8"] == 38
+    check_config(yaml.safe_load(printed["config"]), "what was printed")
 
 
 def test_what_the_machine_should_serve() -> None:

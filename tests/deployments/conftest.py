@@ -6,11 +6,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import numpy as np
+import pyarrow as pa
 import pytest
 import yaml
 
+from clipfleet.checkpoint import find_checkpoint
+from clipfleet.fingerprint import fingerprint
+from clipfleet.qdrant import Collection
+from jobs.encoding import thumbnail
 from tests.deployments.listener import Listener, listening
 from tests.deployments.service import ROOT, Service, serving
+from tests.library import Library
 
 
 @pytest.fixture(scope="package")
@@ -41,12 +48,34 @@ def image_store() -> Iterator[Listener]:
 
 
 @pytest.fixture(scope="package")
-def other_service(flags: Path, image_store: Listener) -> Iterator[Service]:
+def collection(tmp_path_factory: pytest.TempPathFactory, files: list[bytes], library: Library) -> Path:
+    """A Qdrant folder whose collection `drawn` has the drawn pictures, with thumbnails; their widths are 30 to 41."""
+    folder, names = tmp_path_factory.mktemp("qdrant"), [f"{number:02d}.png" for number in range(len(files))]
+    rows = pa.table(
+        {
+            "id": names,
+            "uri": [f"/pictures/{name}" for name in names],
+            "width": [30 + number for number in range(len(names))],
+            "height": [20] * len(names),
+            "error": pa.array([None] * len(names), pa.string()),
+        }
+    )
+    with Collection(str(folder), "drawn").opened() as points:
+        points.prepare(512, fingerprint(find_checkpoint("tiny")))
+        points.upload(
+            rows, library.images(files), [thumbnail(np.full((9, 9, 3), n, np.uint8)) for n in range(len(names))]
+        )
+    return folder
+
+
+@pytest.fixture(scope="package")
+def other_service(flags: Path, image_store: Listener, collection: Path) -> Iterator[Service]:
     """Another service of tiny: it caches images and no texts, takes a forward pass of 2 s for one that hangs, fetches images
-    from image_store, lets pages of one origin ask, and has the faults of faults/injected."""
+    from image_store, searches the collection, lets pages of one origin ask, and has the faults of faults/injected."""
     config = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
     config["applications"][0]["args"] |= {
         "limits": {"forward_s": 2},
+        "search": {"qdrant": str(collection), "collection": "drawn", "templates": ["{}", "a picture of {}"]},
         "cors_origins": ["https://shop.example"],
         "cache": {"text_bytes": 0, "image_bytes": 1_000_000},
         "image_urls": {"enabled": True, "ports": [image_store.port], "allowed_networks": ["127.0.0.9/32"]},

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from tests.deployments.broken import BROKEN
-from tests.deployments.service import Service
 from tests.library import Library
 
 TEXTS = ["a red circle", "a blue star"]
@@ -83,7 +82,9 @@ class TestWeaviate:
 
     def test_a_refusal_is_a_string(self, http: httpx.Client, files: list[bytes]) -> None:
         corrupt = BROKEN["cut JPEG"]
-        answer = http.post("/vectorize", json={"texts": ["a"], "images": [base64_of(files[0]), base64_of(corrupt.data)]})
+        answer = http.post(
+            "/vectorize", json={"texts": ["a"], "images": [base64_of(files[0]), base64_of(corrupt.data)]}
+        )
         assert answer.status_code == 422 and answer.json()["error"].startswith("images[1]: ")
         answer = http.post("/vectorize", json={"texts": ["a", ""]})
         assert answer.status_code == 400 and answer.json() == {"error": "texts[1]: the text is empty"}
@@ -93,5 +94,3 @@ class TestWeaviate:
     def test_state(self, http: httpx.Client) -> None:
         assert [http.get(f"/.well-known/{name}").status_code for name in ("live", "ready")] == [204, 204]
         assert http.get("/meta").json() == http.get("/v1/models/tiny").json()
-
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,8 @@ def test_the_command(service: Service, picture_files: list[Path], more: list[str
     assert done.returncode == 0, done.stderr
     assert "(12 requests)" in done.stdout and "p99" in done.stdout
     assert "12/12" in done.stderr, "a progress bar"
+    printed = json.loads(run("bench", service.url, *images, "--requests", "4", *more, "--json").stdout)
+    assert printed["requests"] == 4 and printed["items"] in (8, 12) and 0 < printed["p50"] <= printed["p99"]
 
 
 def test_the_command_ends_with_3_where_requests_fail(service: Service, tmp_path: Path) -> None:
@@ -56,3 +59,5 @@ def test_the_command_ends_with_3_where_requests_fail(service: Service, tmp_path:
     assert done.returncode == 3 and "4 answered 422" in done.stdout
     assert "none of 4 requests" in done.stdout and "nan" not in done.stdout
     assert "The first failure: the JPEG is truncated or damaged" in done.stdout
+    printed = json.loads(run("bench", service.url, tmp_path / "broken.jpg", "--requests", "1", "--json").stdout)
+    assert printed["failures"] == {"422": 1} and printed["p50"] is None

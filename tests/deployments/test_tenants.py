@@ -109,7 +109,10 @@ def test_who_is_let_in(keyed: Service, keys: dict[str, str], keys_file: Path) ->
     open_paths = ("/healthz", "/readyz", "/health", "/.well-known/live", "/.well-known/ready")
     assert [status(None, path) for path in open_paths] == [200, 200, 200, 204, 204]
     assert [status(None, path) for path in ("/docs", "/openapi.json", "/models", "/meta")] == [401] * 4
-    with openai.OpenAI(base_url=f"{keyed.url}/v1", api_key="nobody's") as client, pytest.raises(openai.AuthenticationError):
+    with (
+        openai.OpenAI(base_url=f"{keyed.url}/v1", api_key="nobody's") as client,
+        pytest.raises(openai.AuthenticationError),
+    ):
         client.embeddings.create(input="a", model="tiny")
     revoke_key(keys_file, "old")
     until(lambda: [status(keys["old"]) for _ in range(8)] == [401] * 8, 30, "a refusal of the revoked key")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -171,7 +172,7 @@ def test_retry_errors_redoes_failed_rows_alone(bulk: Bulk, tmp_path: Path) -> No
         file.write_bytes(bulk.drawings[0][1])
     (source / "new.png").write_bytes(bulk.drawings[1][1])
     before = vectors(read(dest))
-    again: Finished = embed(source, dest, "--retry-errors")
+    again: Finished = embed(source, dest, "--retry-errors", "--json")
     assert again.status == 3, again.err
     table = read(dest)
     assert sorted(table.column("id").to_pylist()) == sorted([*bulk.good, *bulk.bad, "new.png"])
@@ -180,6 +181,7 @@ def test_retry_errors_redoes_failed_rows_alone(bulk: Bulk, tmp_path: Path) -> No
     assert all(np.array_equal(after[name], vector) for name, vector in before.items())
     assert after.keys() - before.keys() == {*mended, "new.png"}
     assert summary(dest)["skipped"] == len(bulk.good)
+    assert json.loads(again.out) == summary(dest)
 
 
 def test_names_that_are_no_unicode(bulk: Bulk, tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ import pytest
 from qdrant_client import QdrantClient, models
 
 from clipfleet.errors import FingerprintMismatch, JobError, SettingsError
+from clipfleet.qdrant import Collection, point_id
 from jobs.embed_images import run
 from jobs.options import EmbedOptions
-from jobs.qdrant import Collection, point_id
 from tests.jobs.job import embed, errors, read, vectors
 
 
@@ -61,7 +61,7 @@ def test_a_job_fills_a_collection_and_changes_it(tmp_path: Path, files: list[byt
 
 
 def test_a_qdrant_that_is_away(tmp_path: Path, picture_files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobs.qdrant._PAUSE_S", 0.01)
+    monkeypatch.setattr("clipfleet.qdrant._PAUSE_S", 0.01)
     away = {"qdrant": "http://127.0.0.1:9", "collection": "pictures"}
     with pytest.raises(
         JobError, match=r"Qdrant at 'http://127\.0\.0\.1:9' failed: .*the same command goes on"
@@ -116,7 +116,7 @@ class TestCollection:
     # A client that is refused leaves its lock file open.
     @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
     def test_a_folder_that_another_process_holds(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("jobs.qdrant._LOCKED_S", 0.0)
+        monkeypatch.setattr("clipfleet.qdrant._LOCKED_S", 0.0)
         with (
             Collection(str(tmp_path), "pictures").opened(),
             pytest.raises(JobError, match="already accessed"),

@@ -1,8 +1,8 @@
-"""A Qdrant collection that holds the vectors of DEST's good rows too, ready to be searched.
+"""A Qdrant collection: the job fills it with the vectors of its good rows, the service searches it.
 
-A point's id is the UUIDv5 of the row's id in the namespace of URLs, so a row that is uploaded twice is one point. Rows
-are uploaded before their output file gets its name, and deleted before they leave DEST: a finished file means that the
-collection has its rows.
+A point's id is the UUIDv5 of the row's id in the namespace of URLs, so a row that is uploaded twice is one point. The job
+uploads rows before their output file gets its name, and deletes them before they leave DEST: a finished file means that
+the collection has its rows.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from clipfleet.errors import FingerprintMismatch, JobError
-from jobs.destination import GO_ON
-from jobs.places import is_uri
+from clipfleet.errors import FingerprintMismatch, InvalidRequest, JobError, SettingsError, Unavailable
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from qdrant_client import QdrantClient
+    from qdrant_client import QdrantClient, models
 
+THUMBNAIL = "thumbnail"  # in a point's payload: a small JPEG as base64
 _FINGERPRINT = "clipfleet.fingerprint"  # in the collection's metadata
 _TRIES, _PAUSE_S, _TIMEOUT_S = 4, 2.0, 30
 _LOCKED_S = 40.0  # how long the processes of a killed run may hold a folder
@@ -44,16 +43,41 @@ class Collection:
 
     @property
     def is_folder(self) -> bool:
-        return not is_uri(self.place)
+        return "://" not in self.place
 
     @contextmanager
     def opened(self) -> Iterator[Points]:
-        """Connect for as long as the block runs. Raises JobError if nobody answers."""
+        """Connect for as long as the block runs. Raises Unavailable if nobody answers."""
         points = Points(self)
         try:
             yield points
         finally:
             points.close()
+
+
+def index_folder(folder: Path) -> Path:
+    """Where `clipfleet index` keeps Qdrant's files."""
+    return folder / "qdrant"
+
+
+def place_of(index: str) -> str:
+    """The Qdrant of an index: a URL, a folder of `clipfleet index`, or a folder of Qdrant's own. Raises SettingsError."""
+    if "://" in index:
+        return index
+    folder = Path(index).expanduser()
+    for candidate in (index_folder(folder), folder):
+        if (candidate / "meta.json").is_file():  # of Qdrant's local mode
+            return str(candidate.absolute())
+    raise SettingsError(f"{index!r} is no index; make one with `clipfleet index SOURCE --folder {index}`")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A point that a search found: its own id, its cosine to the query, and what it holds."""
+
+    point: str
+    score: float
+    payload: dict[str, Any]
 
 
 def point_id(row: str) -> str:
@@ -62,11 +86,15 @@ def point_id(row: str) -> str:
 
 
 class Points:
-    """A connection to a collection. Every method raises JobError where Qdrant fails."""
+    """A connection to a collection. Every method raises Unavailable where Qdrant fails.
 
-    def __init__(self, collection: Collection) -> None:
-        self._name, self._place = collection.name, collection.place
-        self._client = self._connect(collection)
+    `patience_s` is how long a folder may be another process's before that is an error, `tries` how often a server is asked.
+    """
+
+    def __init__(self, collection: Collection, *, patience_s: float | None = None, tries: int = _TRIES) -> None:
+        self._name, self._place, self._is_folder = collection.name, collection.place, collection.is_folder
+        self._tries = tries
+        self._client = self._connect(collection, _LOCKED_S if patience_s is None else patience_s)
 
     def exists(self) -> bool:
         """Whether the collection is there."""
@@ -84,7 +112,7 @@ class Points:
                         self._name, vectors_config=vectors, metadata={_FINGERPRINT: fingerprint}
                     )
                 )
-            except JobError:
+            except Unavailable:
                 if not self.exists():  # otherwise another encoder was faster
                     raise
         self.check(fingerprint, dimension)
@@ -114,14 +142,16 @@ class Points:
     def _unfit(self, why: str) -> JobError:
         return JobError(f"the Qdrant collection {self._name!r} at {self._place!r} {why}. Choose another name")
 
-    def upload(self, rows: pa.Table, vectors: np.ndarray) -> None:
+    def upload(self, rows: pa.Table, vectors: np.ndarray, thumbnails: Sequence[str] = ()) -> None:
         """Upload the rows (id, uri, width, height, error) without error, whose vectors (k, d) are given in their order,
-        and delete the others' points."""
+        perhaps with their thumbnails, and delete the others' points."""
         from qdrant_client import models
 
         good = rows.column("error").is_null().to_numpy()
         listed = rows.select(["id", "uri", "width", "height"]).to_pylist()
         payloads = [row for row, is_good in zip(listed, good, strict=True) if is_good]
+        for row, thumbnail in zip(payloads, thumbnails, strict=False):
+            row[THUMBNAIL] = thumbnail
         for start in range(0, len(payloads), _POINTS):
             part = payloads[start : start + _POINTS]
             batch = models.Batch(
@@ -138,12 +168,40 @@ class Points:
             ids: list[Any] = [point_id(row) for row in rows]
             self._ask(lambda: self._client.delete(self._name, points_selector=ids, wait=True))
 
+    def search(
+        self, vector: np.ndarray, *, limit: int, offset: int, where: models.Filter | None, thumbnails: bool
+    ) -> list[Found]:
+        """The points nearest to a unit vector (d,), best first, from the `offset`th on."""
+        from qdrant_client import models
+
+        try:
+            answer = self._ask(
+                lambda: self._client.query_points(
+                    self._name,
+                    query=vector.tolist(),
+                    limit=limit,
+                    offset=offset,
+                    query_filter=where,
+                    with_payload=True if thumbnails else models.PayloadSelectorExclude(exclude=[THUMBNAIL]),
+                )
+            )
+        except Unavailable as error:
+            if getattr(error.__cause__, "status_code", None) == 400:  # of a filter that this server does not take
+                raise InvalidRequest(f"Qdrant refused the search: {_said(error.__cause__)}", param="filter") from error
+            raise
+        return [Found(str(point.id), point.score, point.payload or {}) for point in answer.points]
+
+    def vector_of(self, row: str) -> np.ndarray | None:
+        """The vector (d,) of a row's point; None where there is no such point."""
+        found = self._ask(lambda: self._client.retrieve(self._name, ids=[point_id(row)], with_vectors=True))
+        return np.asarray(found[0].vector, np.float32) if found else None
+
     def close(self) -> None:
         with suppress(Exception):  # nothing is lost by it
             self._client.close()
 
-    def _connect(self, collection: Collection) -> QdrantClient:
-        deadline = time.monotonic() + _LOCKED_S
+    def _connect(self, collection: Collection, patience_s: float) -> QdrantClient:
+        deadline = time.monotonic() + patience_s
         while True:
             try:
                 return _client(collection)
@@ -152,27 +210,31 @@ class Points:
                     raise self._failed(error) from error
                 time.sleep(0.5)
             except ModuleNotFoundError:
-                raise JobError("uploading to Qdrant needs its client: pip install 'clipfleet[qdrant]'") from None
+                raise JobError("Qdrant needs its client: pip install 'clipfleet[qdrant]'") from None
             except Exception as error:
                 raise self._failed(error) from error
 
     def _ask(self, request: Callable[[], Answer]) -> Answer:
         """Qdrant's answer. Requests are repeated where nobody answers or the server is at fault: each may come twice."""
-        for attempt in range(1, _TRIES + 1):
+        for attempt in range(1, self._tries + 1):
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # such as that a folder is for small collections
                     return request()
             except Exception as error:
                 status = getattr(error, "status_code", None)  # of an answer; without one nobody answered
-                if attempt == _TRIES or (status is not None and status < 500) or not is_uri(self._place):
+                if attempt == self._tries or (status is not None and status < 500) or self._is_folder:
                     raise self._failed(error) from error
                 time.sleep(_PAUSE_S)
         raise AssertionError
 
-    def _failed(self, error: Exception) -> JobError:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        return JobError(f"Qdrant at {self._place!r} failed: {lines[0][:300]}. {GO_ON}")
+    def _failed(self, error: Exception) -> Unavailable:
+        return Unavailable(f"Qdrant at {self._place!r} failed: {_said(error)}", retry_after=2)
+
+
+def _said(error: BaseException | None) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300]
 
 
 def _client(collection: Collection) -> QdrantClient:

@@ -1,0 +1,137 @@
+"""POST /v1/search over a Qdrant folder: texts, images, rows and weights, filters and pages."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from clipfleet.qdrant import THUMBNAIL
+from tests.deployments.broken import BROKEN
+from tests.deployments.service import Service
+from tests.library import Library
+
+
+@pytest.fixture
+def http(other_service: Service) -> Iterator[httpx.Client]:
+    with other_service.client() as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def images(library: Library, files: list[bytes]) -> np.ndarray:
+    """Their vectors (12, d)."""
+    return library.images(files)
+
+
+def image(file: bytes) -> dict[str, Any]:
+    return {"image": base64.b64encode(file).decode()}
+
+
+def search(http: httpx.Client, query: Any, **options: Any) -> list[dict[str, Any]]:
+    answer = http.post("/v1/search", json={"query": query, **options})
+    assert answer.status_code == 200, answer.text
+    assert list(answer.json()) == ["object", "model", "fingerprint", "results"]
+    return answer.json()["results"]
+
+
+def agree(results: list[dict[str, Any]], query: np.ndarray, images: np.ndarray) -> None:
+    """The results are all images by their cosine to `query`, best first."""
+    cosines = images @ (query / np.linalg.norm(query))
+    assert len(results) == len(images)
+    assert np.abs(np.array([result["score"] for result in results]) - np.sort(cosines)[::-1]).max() <= 1e-5
+    assert all(abs(cosines[int(result["id"][:2])] - result["score"]) <= 1e-5 for result in results)
+
+
+def test_a_text(http: httpx.Client, library: Library, images: np.ndarray) -> None:
+    """By the mean of its templates."""
+    both = library.texts(["a purple star", "a picture of a purple star"])
+    agree(search(http, "a purple star", limit=12), both.mean(axis=0), images)
+    agree(search(http, {"text": "a purple star"}, limit=12), both.mean(axis=0), images)
+
+
+def test_an_image_finds_itself(http: httpx.Client, files: list[bytes], images: np.ndarray) -> None:
+    results = search(http, image(files[3]), limit=12)
+    agree(results, images[3], images)
+    assert results[0]["id"] == "03.png" and results[0]["score"] > 1 - 1e-5
+    assert results[0]["payload"] == {"id": "03.png", "uri": "/pictures/03.png", "width": 33, "height": 20}
+
+
+def test_more_like_a_row(http: httpx.Client, images: np.ndarray) -> None:
+    agree(search(http, {"id": "05.png"}, limit=12), images[5], images)
+
+
+def test_several_with_weights(http: httpx.Client, library: Library, files: list[bytes], images: np.ndarray) -> None:
+    query = [{**image(files[0]), "weight": 2}, {"text": "a red circle", "weight": -0.5}, {"id": "07.png"}]
+    text = library.texts(["a red circle", "a picture of a red circle"]).mean(axis=0)
+    wanted = 2 * images[0] - 0.5 * text / np.linalg.norm(text) + images[7]
+    agree(search(http, query, limit=12), wanted, images)
+
+
+def test_pages(http: httpx.Client) -> None:
+    whole = search(http, "a ring", limit=12)
+    pages = [search(http, "a ring", limit=5, offset=offset) for offset in (0, 5, 10, 15)]
+    assert [len(page) for page in pages] == [5, 5, 2, 0]
+    assert [result for page in pages for result in page] == whole
+    assert len(search(http, "a ring")) == 10
+
+
+def test_a_filter(http: httpx.Client) -> None:
+    wide = {"must": [{"key": "width", "range": {"gte": 36}}]}
+    assert {result["id"] for result in search(http, "a ring", filter=wide)} == {f"{n:02d}.png" for n in range(6, 12)}
+    one = {"must": [{"key": "id", "match": {"value": "04.png"}}]}
+    assert [result["id"] for result in search(http, "a ring", filter=one)] == ["04.png"]
+
+
+def test_thumbnails_when_asked_for(http: httpx.Client) -> None:
+    assert THUMBNAIL not in search(http, "a ring")[0]["payload"]
+    shown = search(http, "a ring", thumbnails=True)[0]["payload"][THUMBNAIL]
+    assert Image.open(io.BytesIO(base64.b64decode(shown))).format == "JPEG"
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code", "param"),
+    [
+        ({}, 400, "invalid_request", "query"),
+        ({"query": []}, 400, "invalid_request", "query"),
+        ({"query": ""}, 400, "invalid_request", "query"),
+        ({"query": {"text": "a", "id": "b"}}, 400, "invalid_request", "query"),
+        ({"query": {"id": "absent"}}, 400, "invalid_request", "query"),
+        ({"query": [{"text": "a"}, {"id": "absent"}]}, 400, "invalid_request", "query[1]"),
+        ({"query": [{"text": "a"}, {"text": "a", "weight": -1}]}, 400, "invalid_request", "query"),
+        ({"query": [{"text": "a"}] * 17}, 400, "invalid_request", "query"),
+        ({"query": "a", "limit": 0}, 400, "invalid_request", "limit"),
+        ({"query": "a", "limit": 1001}, 400, "invalid_request", "limit"),
+        ({"query": "a", "offset": -1}, 400, "invalid_request", "offset"),
+        ({"query": "a", "filter": {"mustnt": []}}, 400, "invalid_request", "filter"),
+        ({"query": "a", "filter": []}, 400, "invalid_request", "filter"),
+        ({"query": "a", "model": "another"}, 404, "model_not_found", "model"),
+        ({"query": image(BROKEN["cut PNG"].data)}, 422, "image_corrupt", "query"),
+        ({"query": [{"text": "a"}, image(BROKEN["cut PNG"].data)]}, 422, "image_corrupt", "query[1]"),
+    ],
+)
+def test_what_is_refused(http: httpx.Client, body: dict[str, Any], status: int, code: str, param: str) -> None:
+    answer = http.post("/v1/search", json=body)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code), answer.text
+    assert answer.json()["error"]["param"] == param
+
+
+def test_filters_without_end(http: httpx.Client) -> None:
+    nested: dict[str, Any] = {"must": [{"key": "width", "match": {"value": 1}}]}
+    for _ in range(400):
+        nested = {"must": [nested]}
+    assert http.post("/v1/search", json={"query": "a", "filter": nested}).status_code in (200, 400)
+    assert len(search(http, "a ring")) == 10
+
+
+def test_a_service_without_a_collection_says_so(service: Service) -> None:
+    with service.client() as http:
+        answer = http.post("/v1/search", json={"query": "a"})
+        assert answer.status_code == 404 and "--index" in answer.json()["error"]["message"]
+        assert "/v1/search" not in http.get("/openapi.json").json()["paths"]
