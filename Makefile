@@ -9,9 +9,6 @@ STAMP := $(VENV)/.set-up
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-input --constraint constraints.txt
 SUITABLE := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 
-# The tests wait for Ray's processes to start half of the time. Long ones come first in the order of their folders.
-TWO_AT_ONCE := --numprocesses 2 --dist loadgroup --no-loadscope-reorder
-
 # An outer environment must not leak into .venv.
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -76,7 +73,7 @@ demo: setup
 	@$(BIN)/python scripts/demo.py
 
 test: setup
-	@$(BIN)/python -m pytest $(TWO_AT_ONCE) $(ARGS)
+	@$(BIN)/python -m pytest $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .

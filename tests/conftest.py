@@ -20,14 +20,6 @@ from tests.pictures import encode
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Which tests one of pytest-xdist's workers runs together: those that share something dear, otherwise those of a file."""
-    for item in items:
-        needed = getattr(item, "fixturenames", ())
-        shared = next((name for name in ("service", "other_service", "vit_b_32") if name in needed), item.path.stem)
-        item.add_marker(pytest.mark.xdist_group(shared))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Converted checkpoints of the tests, and of what they start, stay out of the user's cache."""

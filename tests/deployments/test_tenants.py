@@ -47,7 +47,11 @@ def keyed(keys_file: Path, keys: dict[str, str]) -> Iterator[Service]:
         "api_keys_file": str(keys_file),
         "limits": {"inflight_items": IN_ALL, "inflight_items_per_key": PER_KEY},
     }
-    next(d for d in application["deployments"] if d["name"] == "Ingress")["num_replicas"] = 2
+    for deployment in application["deployments"]:
+        if deployment["name"] == "Ingress":
+            deployment["num_replicas"] = 2
+        else:
+            deployment["max_replicas_per_node"] = 1
     file = keys_file.with_name("keyed.yaml")
     file.write_text(yaml.safe_dump(config))
     assert keys
@@ -183,13 +187,12 @@ def test_a_second_node_that_dies_fails_no_request(
     config = yaml.safe_load(config_file.read_text())
     for deployment in config["applications"][0]["deployments"]:
         if deployment["name"] in ("ImageDecoder", "ImageEncoder"):
-            deployment |= {"num_replicas": 2, "max_replicas_per_node": 1}
+            deployment["num_replicas"] = 2
     bodies = [encode(picture("RGB", 300, 200 + number), "JPEG") for number in range(4)]
     with second_node(keyed.command.pid) as node:
 
         def theirs() -> set[str]:
-            kinds = {process.title.partition(":clipfleet:")[2].partition(":")[0] for process in below(node)}
-            return kinds & {"ImageDecoder", "ImageEncoder"}
+            return {process.title.rpartition(":")[2] for process in below(node)} & {"ImageDecoder", "ImageEncoder"}
 
         config_file.write_text(yaml.safe_dump(config))
         ready = keyed.command.out.count("clipfleet ready: ")
