@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -12,15 +13,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from tests.deployments.processes import Process, alive, below, end_all, of_folder, private_folder
+from tests.deployments.processes import Process, alive, below, end_all, of_folder, private_folder, until
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
+CERTIFICATE = ROOT / "tests" / "data" / "localhost.pem"  # its own issuer, for localhost and 127.0.0.1
 START_S = 180  # these two only guard against a hang, on a busy machine
 STOP_S = 90
 _OUTER = ("RAY_", "CLIPFLEET_", "SERVE_")  # variables of whoever runs the tests that would change a start
@@ -138,7 +141,7 @@ class Service:
         return [process for process in self.processes() if process.title.startswith(title)]
 
     def client(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=60, trust_env=False, **options)
+        return httpx.Client(base_url=self.url, timeout=60, trust_env=False, verify=trusted(), **options)
 
     def metrics(self) -> str:
         """What the metrics port says now."""
@@ -147,6 +150,12 @@ class Service:
     def total(self, name: str, **labels: str) -> float:
         """The sum of a metric's samples now."""
         return sum_of(self.metrics(), name, **labels)
+
+
+@cache
+def trusted() -> ssl.SSLContext:
+    """What a client needs to trust CERTIFICATE."""
+    return ssl.create_default_context(cafile=CERTIFICATE)
 
 
 def free_ports(count: int) -> list[int]:
@@ -170,16 +179,22 @@ def _binds(port: int) -> bool:
 def serving(*arguments: str | Path, stop: signal.Signals = signal.SIGTERM, **variables: str) -> Iterator[Service]:
     """Run `clipfleet serve ARGUMENTS` on free ports until the block ends, then stop it by a signal.
 
-    Afterwards it must have ended with status 0 and left no process and no file behind.
+    Afterwards it must have ended with status 0 (killed, with that signal), and left no process and no file behind. With
+    `--tls` and CERTIFICATE among the arguments it speaks HTTPS.
     """
     with private_folder() as folder:
         port, metrics_port = free_ports(2)
         ports = ("--port", str(port), "--metrics-port", str(metrics_port))
         with running(BIN / "clipfleet", "serve", *arguments, *ports, folder=folder, **variables) as process:
-            url, metrics_url = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{metrics_port}"
+            scheme = "https" if "--tls" in arguments else "http"
+            url, metrics_url = f"{scheme}://127.0.0.1:{port}", f"http://127.0.0.1:{metrics_port}"
             process.wait_for("clipfleet ready: ")
             yield Service(url, metrics_url, port, process, folder)
             known = process.below()
-            process.send(stop)
-            assert process.wait(STOP_S) == 0, process.err
+            if not process.ended:
+                process.send(stop)
+            if stop is signal.SIGKILL:  # its guardian ends the rest
+                until(lambda: not of_folder(folder), 30, "an end of all its processes")
+                until(lambda: not any(path.is_file() for path in folder.rglob("*")), 30, "an end of all its files")
+            assert process.wait(STOP_S) == (-stop if stop is signal.SIGKILL else 0), process.err
             assert not alive(known)

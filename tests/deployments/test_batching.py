@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
@@ -27,15 +28,17 @@ CLIENTS = 16
 
 
 @pytest.fixture(scope="module")
-def full_size(vit_b_32: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def busy(random_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     config = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
     config["applications"][0]["args"].pop("threads_per_replica")
     for deployment in config["applications"][0]["deployments"]:
         if deployment["name"] == "ImageEncoder":
             deployment["user_config"] = {"max_batch_size": LARGEST}
-    file = tmp_path_factory.mktemp("config") / "full-size.yaml"
+    file = tmp_path_factory.mktemp("config") / "busy.yaml"
     file.write_text(yaml.safe_dump(config))
-    with serving(file, "--model", vit_b_32) as service:
+    # On a public address, as it asks for by --open; at the end the command is killed, and all that it started has to end.
+    options = ("--model", random_clip, "--host", "0.0.0.0", "--open")
+    with serving(file, *options, stop=signal.SIGKILL) as service:
         yield service
 
 
@@ -85,39 +88,39 @@ def post(service: Service, body: bytes) -> np.ndarray:
     return np.load(io.BytesIO(answer.content))[0]
 
 
-def test_lone_requests_are_batches_of_one_and_do_not_wait(full_size: Service) -> None:
-    recorded = Recorded(full_size)
+def test_lone_requests_are_batches_of_one_and_do_not_wait(busy: Service) -> None:
+    recorded = Recorded(busy)
     for _, body in zip(range(8), pictures(), strict=False):
-        post(full_size, body)
+        post(busy, body)
     gained = recorded.gained(8)
     assert gained["batches"] == 8
     assert gained["waited"] < gained["forward"]
 
 
-def test_under_load_batches_fill(full_size: Service) -> None:
-    recorded = Recorded(full_size)
+def test_under_load_batches_fill(busy: Service) -> None:
+    recorded = Recorded(busy)
     bodies = [body for _, body in zip(range(128), pictures(), strict=False)]
     with ThreadPoolExecutor(CLIENTS) as clients:
-        vectors = list(clients.map(lambda body: post(full_size, body), bodies))
+        vectors = list(clients.map(lambda body: post(busy, body), bodies))
     assert len({vector.tobytes() for vector in vectors}) == 128
     gained = recorded.gained(128)
     assert gained["items"] / gained["batches"] >= 4
 
 
-def test_one_requests_images_share_batches(full_size: Service) -> None:
-    recorded = Recorded(full_size)
+def test_one_requests_images_share_batches(busy: Service) -> None:
+    recorded = Recorded(busy)
     files = [("files", (f"{number}.jpg", body)) for number, body in zip(count(), [next(pictures())] * 16, strict=False)]
-    with full_size.client() as http:
+    with busy.client() as http:
         assert http.post("/v1/embeddings/images", files=files).status_code == 200
     assert recorded.gained(16)["batches"] < 8
 
 
-def test_photographs_agree_with_transformers(full_size: Service, vit_b_32: Path) -> None:
-    model = CLIPModel.from_pretrained(vit_b_32).eval()
-    processor = CLIPImageProcessorPil.from_pretrained(vit_b_32)
+def test_photographs_agree_with_transformers(busy: Service, random_clip: Path) -> None:
+    model = CLIPModel.from_pretrained(random_clip).eval()
+    processor = CLIPImageProcessorPil.from_pretrained(random_clip)
     for name in ("astronaut", "chelsea", "coffee", "rocket"):
         photograph = Image.fromarray(getattr(photographs, name)())
         with torch.inference_mode():
             reference = model.get_image_features(**processor(photograph, return_tensors="pt")).pooler_output[0].numpy()
-        found = post(full_size, encode(photograph, "PNG"))
+        found = post(busy, encode(photograph, "PNG"))
         assert found.shape == (512,) and np.abs(found - reference / np.linalg.norm(reference)).max() <= 1e-5

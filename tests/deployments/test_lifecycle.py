@@ -9,18 +9,15 @@ import socket
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import yaml
 
 from faults.chaos import leave
-from tests.deployments.processes import Process, alive, of_folder, private_folder, until
+from tests.deployments.processes import Process, of_folder, private_folder, until
 from tests.deployments.service import BIN, ROOT, Service, free_ports, running
-from tests.pictures import encode, picture
 
 
 def refused(*arguments: str | Path, **variables: Any) -> str:
@@ -167,34 +164,6 @@ def test_clients_that_leave_and_idle_connections_stop_nobody(service: Service, f
     finally:
         for connection in idle:
             connection.close()
-
-
-def _embed(port: int, images: list[bytes]) -> int:
-    files = [("files", (f"{number}.jpg", image, "image/jpeg")) for number, image in enumerate(images)]
-    address = f"http://127.0.0.1:{port}/v1/embeddings/images"
-    return httpx.post(address, files=files, timeout=60, trust_env=False).status_code
-
-
-def test_a_group_signal_stops_it_in_order(tmp_path: Path) -> None:
-    """`kill %1` in a shell reaches the whole process group; Ctrl-C in a terminal does too. Two ingresses hold requests."""
-    config = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
-    next(d for d in config["applications"][0]["deployments"] if d["name"] == "Ingress")["num_replicas"] = 2
-    file = tmp_path / "two.yaml"
-    file.write_text(yaml.safe_dump(config))
-    with private_folder() as folder:
-        port, metrics_port = free_ports(2)
-        ports = ("--port", str(port), "--metrics-port", str(metrics_port))
-        with running(BIN / "clipfleet", "serve", file, *ports, folder=folder) as command:
-            command.wait_for("clipfleet ready: ")
-            known = command.below()
-            with ThreadPoolExecutor(6) as clients:
-                image = encode(picture("RGB", 1500, 1500), "JPEG")
-                answers = [clients.submit(_embed, port, 12 * [image]) for _ in range(6)]
-                until(lambda: any(answer.done() for answer in answers), 60, "a first answer")
-                os.killpg(command.pid, signal.SIGINT)
-                assert [answer.result() for answer in answers] == 6 * [200], "what was in flight is finished"
-            assert command.wait(60) == 0 and command.err == ""
-            assert known and not alive(known)
 
 
 def test_a_ray_that_does_not_stop_keeps_no_command_alive() -> None:

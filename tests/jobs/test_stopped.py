@@ -21,6 +21,8 @@ from tests.jobs.job import embed, embedding, errors, read, summary
 from tests.pictures import encode
 
 COUNT = 1500
+SOME = 400
+WORKERS = {"decodes": ("ray::MapBatches",), "encodes": ("ray::MapWorker", "ray::_MapWorker")}
 SECONDS = 120  # only guards against a hang
 GOES_ON = "What is finished is kept; the same command goes on from there"
 
@@ -97,13 +99,31 @@ def test_stopped_and_killed_in_every_way_and_finished(source: Path, tmp_path: Pa
     with half_way(source, tmp_path) as command:
         command.send(signal.SIGKILL)
         before = parts(tmp_path)
-        done = embed(source, tmp_path)  # while workers of the first may live on
+        with embedding(source, tmp_path) as last:  # while workers of the first may live on
+            killed = _kill_workers(last)
+            assert last.wait(SECONDS) == 0, last.err
         until(lambda: not of_folder(command.folder), 30, "an end of the first one's processes")
-    assert done.status == 0, done.err
+    assert killed == set(WORKERS)  # which are replaced
     assert sorted(read(tmp_path).column("id").to_pylist()) == sorted(file.name for file in source.iterdir())
     assert errors(read(tmp_path)) == {}
     assert parts(tmp_path).items() >= before.items() and before
     assert summary(tmp_path)["rows"] == COUNT and 0 < rows < summary(tmp_path)["skipped"] < COUNT
+
+
+def _kill_workers(command: Command) -> set[str]:
+    """Kill one that decodes and one that encodes, when there are both; returns which."""
+    found: dict[str, Process] = {}
+
+    def met() -> bool:
+        for process in of_folder(command.folder):
+            if kind := next((kind for kind, titles in WORKERS.items() if process.title.startswith(titles)), None):
+                found.setdefault(kind, process)
+        return len(found) == len(WORKERS) or command.ended
+
+    until(met, SECONDS, "workers")
+    for process in found.values():
+        os.kill(process.pid, signal.SIGKILL)
+    return set(found)
 
 
 def test_a_second_signal_stops_it_at_once(source: Path, tmp_path: Path) -> None:
@@ -119,16 +139,6 @@ def test_a_second_signal_stops_it_at_once(source: Path, tmp_path: Path) -> None:
         assert said(command)[-1].endswith(f" of {COUNT} images are done. {GOES_ON}")
 
 
-def test_killed_workers_are_replaced(source: Path, tmp_path: Path) -> None:
-    with half_way(source, tmp_path) as command:
-        workers = [process for process in of_folder(command.folder) if process.title.startswith("ray::")]
-        for wanted in ("ray::MapBatches", "ray::MapWorker", "ray::_MapWorker"):
-            for process in [worker for worker in workers if worker.title.startswith(wanted)][:1]:
-                os.kill(process.pid, signal.SIGKILL)
-        assert command.wait(SECONDS) == 0, command.err
-    assert sorted(read(tmp_path).column("id").to_pylist()) == sorted(file.name for file in source.iterdir())
-
-
 def test_a_dest_that_vanishes_stops_it_with_one_line(source: Path, tmp_path: Path) -> None:
     """An error of an encoder or a decode task, as it comes through Ray."""
     dest, away = tmp_path / "dest", tmp_path / "away"
@@ -142,21 +152,26 @@ def test_a_dest_that_vanishes_stops_it_with_one_line(source: Path, tmp_path: Pat
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk")
-def test_a_full_disk_stops_it_with_one_line(source: Path, tmp_path: Path) -> None:
+def test_a_full_disk_stops_it_with_one_line(
+    source: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    some = tmp_path_factory.mktemp("some")
+    for file in sorted(source.iterdir())[:SOME]:
+        os.link(file, some / file.name)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", tmp_path], check=True)
     try:
-        done = embed(source, tmp_path)
+        done = embed(some, tmp_path)
         assert done.status == 1, done.err
         *_, line = [line for line in done.err.splitlines() if not line.startswith("Embedding: ")]
         assert "No space left on device" in line and str(tmp_path) in line and GOES_ON in line
         kept = read(tmp_path).column("id").to_pylist()  # whole files only
-        assert 0 < len(kept) < COUNT
+        assert 0 < len(kept) < SOME
         subprocess.run(["mount", "-o", "remount,size=64m", tmp_path], check=True)
-        assert embed(source, tmp_path).status == 0
+        assert embed(some, tmp_path).status == 0
         ids = read(tmp_path).column("id").to_pylist()
     finally:
         subprocess.run(["umount", tmp_path], check=True)
-    assert sorted(ids) == sorted(file.name for file in source.iterdir())
+    assert sorted(ids) == sorted(file.name for file in some.iterdir())
 
 
 def test_two_jobs_on_one_dest(source: Path, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""A service with API keys, limits and two ingresses: who is let in, who is refused, and what happens to it under load."""
+"""A service as in production, with HTTPS, API keys, limits, two ingresses and decoders by load: who is let in, who is
+refused, what happens to it under load, and its end."""
 
 from __future__ import annotations
 
@@ -21,8 +22,8 @@ from PIL import Image
 
 from clipfleet.keys import add_key, revoke_key
 from faults.nodes import second_node
-from tests.deployments.processes import below, until
-from tests.deployments.service import ROOT, Service, serving
+from tests.deployments.processes import Process, alive, below, until
+from tests.deployments.service import CERTIFICATE, ROOT, Service, serving
 from tests.library import Library
 from tests.pictures import encode, picture
 
@@ -41,21 +42,24 @@ def keys(keys_file: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def keyed(keys_file: Path, keys: dict[str, str]) -> Iterator[Service]:
-    config = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
+    config, autoscale = (
+        yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text()) for name in ("demo", "autoscale")
+    )
     application = config["applications"][0]
     application["args"] |= {
         "api_keys_file": str(keys_file),
         "limits": {"inflight_items": IN_ALL, "inflight_items_per_key": PER_KEY},
     }
-    for deployment in application["deployments"]:
-        if deployment["name"] == "Ingress":
-            deployment["num_replicas"] = 2
-        else:
-            deployment["max_replicas_per_node"] = 1
+    ingress, decoder, *encoders = application["deployments"]
+    ingress["num_replicas"] = 2
+    decoder.clear()
+    decoder.update(autoscale["applications"][0]["deployments"][1])
+    for encoder in encoders:
+        encoder["max_replicas_per_node"] = 1
     file = keys_file.with_name("keyed.yaml")
     file.write_text(yaml.safe_dump(config))
     assert keys
-    with serving(file) as service:
+    with serving(file, "--host", "0.0.0.0", "--tls", CERTIFICATE) as service:
         yield service
 
 
@@ -153,6 +157,30 @@ def test_one_key_does_not_starve_another(keyed: Service, keys: dict[str, str]) -
     assert set(told["importer"]) == {200, 429}
 
 
+def test_a_second_decoder_comes_with_load_and_goes_without(keyed: Service, keys: dict[str, str]) -> None:
+    stop = threading.Event()
+    statuses: Counter[int] = Counter()
+
+    def client(number: int) -> None:
+        with _client(keyed, keys["shop"]) as http:
+            while not stop.is_set():
+                body = _slow(number)
+                statuses[http.post("/v1/embeddings/images", files=[("files", ("a", body))]).status_code] += 1
+
+    def decoders() -> int:
+        return len(keyed.replicas("ImageDecoder"))
+
+    until(lambda: decoders() == 1, 60, "one decoder")  # what came before was load too
+    with ThreadPoolExecutor(PER_KEY) as clients:
+        done = [clients.submit(client, number) for number in range(PER_KEY)]
+        try:
+            until(lambda: decoders() == 2, 120, "two decoders under load")
+        finally:
+            stop.set()
+    assert all(each.result() is None for each in done) and set(statuses) == {200}
+    until(lambda: decoders() == 1, 120, "one decoder without load")
+
+
 def test_a_killed_ingress_fails_no_request(keyed: Service, keys: dict[str, str], library: Library) -> None:
     """Bodies of 4 MiB, by clients that do not try again."""
     bodies = [encode(picture("RGB", 1180, 1170 + number), "BMP") for number in range(4)]
@@ -182,36 +210,51 @@ def test_a_serve_controller_that_dies_fails_no_request(keyed: Service, keys: dic
 def test_a_second_node_that_dies_fails_no_request(
     keyed: Service, keys: dict[str, str], keys_file: Path, library: Library
 ) -> None:
-    """It has a decoder and an encoder, as the first has; what was on it is served by the first."""
+    """It has an encoder, as the first has; what was on it is served by the first."""
     config_file = keys_file.with_name("keyed.yaml")
     config = yaml.safe_load(config_file.read_text())
-    for deployment in config["applications"][0]["deployments"]:
-        if deployment["name"] in ("ImageDecoder", "ImageEncoder"):
-            deployment["num_replicas"] = 2
+    next(d for d in config["applications"][0]["deployments"] if d["name"] == "ImageEncoder")["num_replicas"] = 2
     bodies = [encode(picture("RGB", 300, 200 + number), "JPEG") for number in range(4)]
     with second_node(keyed.command.pid) as node:
 
-        def theirs() -> set[str]:
-            return {process.title.rpartition(":")[2] for process in below(node)} & {"ImageDecoder", "ImageEncoder"}
+        def theirs() -> list[Process]:
+            return [process for process in below(node) if process.title.endswith(":ImageEncoder")]
 
         config_file.write_text(yaml.safe_dump(config))
         ready = keyed.command.out.count("clipfleet ready: ")
         keyed.command.send(signal.SIGHUP)
-        until(lambda: keyed.command.out.count("clipfleet ready: ") > ready, 120, "replicas on both nodes")
-        assert theirs() == {"ImageDecoder", "ImageEncoder"}, below(node)
+        until(lambda: keyed.command.out.count("clipfleet ready: ") > ready, 120, "an encoder on each node")
+        assert len(theirs()) == 1, below(node)
         (raylet,) = [process for process in below(node) if "/raylet/raylet" in process.title]
         with _asking(keyed, keys["shop"], bodies, library.images(bodies)) as told:
             os.kill(raylet.pid, signal.SIGKILL)
-            until(lambda: not theirs(), 30, "an end of the node's replicas")
+            until(lambda: not theirs(), 30, "an end of the node's encoder")
             so_far = told.total()
             until(lambda: told.total() > so_far + 100, 60, "answers")
     assert set(told) == {"right"}, told
 
 
 def test_no_key_is_written_anywhere(keyed: Service, keys: dict[str, str]) -> None:
-    """The last of this module, when all the others have used them."""
+    """When all the others have used them."""
     written = [file for file in keyed.folder.rglob("*") if file.is_file() and not file.is_socket()]
     assert written
     found = [file for file in written for key in keys.values() if key.encode() in file.read_bytes()]
     assert found == []
     assert not any(key in keyed.command.out + keyed.command.err for key in keys.values())
+
+
+def test_a_group_signal_stops_it_in_order(keyed: Service, keys: dict[str, str]) -> None:
+    """`kill %1` in a shell reaches the whole process group; Ctrl-C in a terminal does too. The last of this module."""
+
+    def embed(number: int) -> int:
+        with _client(keyed, keys["shop"]) as http:
+            return http.post("/v1/embeddings/images", files=[("files", ("a", _slow(number)))]).status_code
+
+    known = keyed.command.below()
+    with ThreadPoolExecutor(PER_KEY) as clients:
+        answers = [clients.submit(embed, number) for number in range(PER_KEY)]
+        until(lambda: any(answer.done() for answer in answers), 60, "a first answer")
+        os.killpg(keyed.command.pid, signal.SIGINT)
+        assert [answer.result() for answer in answers] == PER_KEY * [200], "what was in flight is finished"
+    assert keyed.command.wait(60) == 0 and keyed.command.err == ""
+    assert known and not alive(known)
