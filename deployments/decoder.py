@@ -19,6 +19,7 @@ from clipfleet.errors import ClipfleetError, DeadlineExceeded, ImageCrashedDecod
 from clipfleet.images import ImageLimits, decoding_bytes, open_image, to_picture
 from clipfleet.settings import ServiceSettings
 from deployments import memory
+from deployments.metrics import decode_seconds
 from deployments.own_config import check_own_scaling
 
 _MOST_BYTES_A_PIXEL = 20  # of decoding_bytes, over all formats and modes
@@ -72,6 +73,7 @@ class DecoderReplica:
         self._budget = MemoryBudget(settings.limits.decoding_bytes)
         self._threads = ThreadPoolExecutor(threads.of_decoder(), "decode", threads.give_way)
         self._apart = ThreadPoolExecutor(2, "decode-apart", threads.give_way)  # each with a process
+        self._seconds = decode_seconds()
         memory.collect_rarely()
 
     async def decode(self, images: Sequence[bytes], deadline: float) -> list[Pixels]:
@@ -97,12 +99,15 @@ class DecoderReplica:
     def _decode(self, data: bytes, deadline: float) -> Pixels:
         if time.time() >= deadline:
             return DeadlineExceeded("the deadline passed while the image waited to be decoded")
+        began = time.perf_counter()
         try:
             with open_image(data, self._limits) as image, self._budget.hold(decoding_bytes(image)):
                 return to_picture(image, self._spec, self._limits).pixels
         except ImageError as error:
             return error
         finally:
+            if data is not _PROBE:
+                self._seconds.observe(max(time.perf_counter() - began, 1e-6))
             memory.return_unused()
 
     def _decode_apart(self, images: Sequence[bytes], deadline: float) -> list[Pixels]:

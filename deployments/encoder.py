@@ -18,15 +18,15 @@ from clipfleet.settings import BatchSettings, ServiceSettings, parse
 from deployments import memory
 from deployments.batching import Batcher
 from deployments.imports import encoder_class
+from deployments.metrics import SECONDS
 from deployments.own_config import own_batching
 
 if TYPE_CHECKING:
     from clipfleet.encoder import Tower
 
 # Ray keeps a histogram's buckets alone and makes its sum from their middles. With an edge on either side of a size the
-# sum is exact, here for every size up to 32 and for the usual larger ones; the edges of times grow by a third.
+# sum is exact, here for every size up to 32 and for the usual larger ones.
 _BATCH_SIZES = [size + 0.5 for size in (*range(33), 47, 48, 63, 64, 95, 96, 127, 128, 255, 256)]
-_SECONDS = [float(f"{10 ** (step / 8):.3g}") for step in range(-28, 15)]  # 0.3 ms to 56 s
 
 
 class EncodedText(NamedTuple):
@@ -70,8 +70,8 @@ class EncoderReplica:
 
         tags = {"tag_keys": ("tower",)}
         self._batch_size = Histogram("clipfleet_batch_size", "Items in a batch.", _BATCH_SIZES, **tags)
-        self._queue_wait = Histogram("clipfleet_queue_wait_seconds", "Wait of an item for the model.", _SECONDS, **tags)
-        self._forward_time = Histogram("clipfleet_forward_seconds", "Time of a forward pass.", _SECONDS, **tags)
+        self._queue_wait = Histogram("clipfleet_queue_wait_seconds", "Wait of an item for the model.", SECONDS, **tags)
+        self._forward_time = Histogram("clipfleet_forward_seconds", "Time of a forward pass.", SECONDS, **tags)
         self._items = Counter("clipfleet_items_total", "Items that were encoded.", **tags)
         for metric in (self._batch_size, self._queue_wait, self._forward_time, self._items):
             metric.set_default_tags({"tower": tower})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+import uuid
 from collections.abc import Callable, Sequence
 
 from fastapi import FastAPI
@@ -27,8 +28,10 @@ from clipfleet.errors import (
 )
 from clipfleet.keys import KeyRing
 from deployments.bodies import invalid
+from deployments.metrics import RequestMetrics
 from deployments.responses import FINGERPRINT_HEADER, error_response
 
+REQUEST_ID_HEADER = "X-Request-Id"
 DEADLINE_HEADER = "X-Deadline-Ms"
 KEY_NAME = "clipfleet.key"  # in the scope: the name of the request's API key
 # Those of Weaviate and infinity among them, which ask without a key.
@@ -43,6 +46,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, *, keys: KeyRing, fingerprint: Callable[[], str | None]) -> None:
         self._app = app
+        self.metrics = RequestMetrics()
         self._keys = keys
         self._looked = 0.0  # time.monotonic() of the last look at the file of keys
         self._fingerprint = fingerprint
@@ -66,31 +70,41 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started = False
+        began, status = time.perf_counter(), 0
+        name = _request_id(scope)
 
         async def send_stamped(message: Message) -> None:
-            nonlocal started
+            nonlocal status
             if message["type"] == "http.response.start":
-                started = True
+                status = message["status"]
+                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = name
                 if fingerprint := self._fingerprint():
                     MutableHeaders(scope=message).setdefault(FINGERPRINT_HEADER, fingerprint)
             await send(message)
 
+        with logger.contextualize(request=name):
+            try:
+                await self._pass(scope, receive, send_stamped)
+            except Exception:
+                if not status:
+                    raise  # otherwise it was answered and logged by our handler, and is only passed on for the server's log
+            finally:
+                route = getattr(scope.get("route"), "path", "none")  # of the framework, for what it knows
+                self.metrics.answered(route, status, time.perf_counter() - began)
+
+    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             if self._stopping:
                 raise Unavailable("the service is stopping", retry_after=1)
             _check_headers(scope)
             self._check_key(scope)
         except ClipfleetError as error:
-            await error_response(error)(scope, receive, send_stamped)
+            await error_response(error)(scope, receive, send)
             return
         counts = not _is_health(scope)
         self._inflight += counts
         try:
-            await self._app(scope, receive, send_stamped)
-        except Exception:
-            if not started:
-                raise  # otherwise it was answered and logged by our handler, and is only passed on for the server's log
+            await self._app(scope, receive, send)
         finally:
             self._inflight -= counts
             self._last = time.monotonic() if counts else self._last
@@ -130,6 +144,12 @@ def with_cors(app: ASGIApp, origins: Sequence[str], exposed: Sequence[str]) -> A
 
 def _is_health(scope: Scope) -> bool:
     return scope["path"].removeprefix(scope.get("root_path", "")) in _OPEN_PATHS
+
+
+def _request_id(scope: Scope) -> str:
+    """The request's own name, where it has one that a log can take, otherwise a new one."""
+    given = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
+    return given if re.fullmatch(r"[\w.:/+=@-]{1,128}", given, re.ASCII) else uuid.uuid4().hex
 
 
 def _check_headers(scope: Scope) -> None:

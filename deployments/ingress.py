@@ -21,7 +21,7 @@ from deployments import infinity, memory, prefixes, schemas, weaviate
 from deployments.answers import ITEMS, KEYED, OPEN, answers
 from deployments.docs_page import add_schemas, render
 from deployments.encoder import EncodedText
-from deployments.gate import Gate, add_error_handlers, with_cors
+from deployments.gate import REQUEST_ID_HEADER, Gate, add_error_handlers, with_cors
 from deployments.inputs import Input, check_counts, read_items
 from deployments.own_config import check_own_scaling
 from deployments.pipeline import Outcome
@@ -69,7 +69,9 @@ class Ingress:
         infinity.add_routes(app, requests, routes.embed_json)
         weaviate.add_routes(app, requests)
         self._gate = Gate(app, keys=keys, fingerprint=lambda: requests.fingerprint)
-        return with_cors(self._gate, self._settings.cors_origins, (FINGERPRINT_HEADER, ERRORS_HEADER))
+        requests.export(self._gate.metrics)
+        exposed = (FINGERPRINT_HEADER, ERRORS_HEADER, REQUEST_ID_HEADER)
+        return with_cors(self._gate, self._settings.cors_origins, exposed)
 
     async def drain(self) -> None:
         """Refuse newcomers, and wait until every request is answered."""

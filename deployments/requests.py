@@ -23,10 +23,13 @@ from deployments.fetching import Fetcher
 from deployments.gate import KEY_NAME, read_deadline
 from deployments.health import Health
 from deployments.inputs import ImageUrl, Input
+from deployments.metrics import RequestMetrics
 from deployments.pipeline import CheckpointChanged, Outcome, Pipeline, seconds_left
 
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
+
+_EXPORT_EVERY_S = 1.0
 
 
 @dataclass
@@ -56,6 +59,16 @@ class Requests:
         self._cache = VectorCache(settings.cache)
         self._pipeline = Pipeline(handles["ImageDecoder"], handles["ImageEncoder"], handles["TextEncoder"])
         self._fetcher = Fetcher(settings.image_urls, settings.limits.image_bytes) if self.urls else None
+
+    def export(self, metrics: RequestMetrics) -> None:
+        """Keep what is in flight among the metrics."""
+        self._exporting = asyncio.create_task(self._export(metrics))
+
+    async def _export(self, metrics: RequestMetrics) -> None:
+        while True:
+            lanes = self.admission.lanes
+            metrics.holds(lanes["images"].items, lanes["texts"].items, self.admission.bytes)
+            await asyncio.sleep(_EXPORT_EVERY_S)
 
     @contextmanager
     def asked(self, request: Request) -> Iterator[Asked]:

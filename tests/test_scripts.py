@@ -47,15 +47,16 @@ def test_drawing_follows_its_seed(tmp_path: Path) -> None:
 
 
 def test_the_random_checkpoint_has_openais_numbers() -> None:
-    config = make_config(CLIPTokenizer.from_pretrained(TINY))
-    text, vision = config.text_config, config.vision_config
+    made = make_config(CLIPTokenizer.from_pretrained(TINY))
+    config = made.to_dict()
+    text, vision = config["text_config"], config["vision_config"]
     layers = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
-    assert [getattr(text, name) for name in layers] == [512, 2048, 8, 12]
-    assert [getattr(vision, name) for name in layers] == [768, 3072, 12, 12]
-    assert (text.vocab_size, text.max_position_embeddings) == (49408, 77)
-    assert (vision.image_size, vision.patch_size, config.projection_dim) == (224, 32, 512)
+    assert [text[name] for name in layers] == [512, 2048, 8, 12]
+    assert [vision[name] for name in layers] == [768, 3072, 12, 12]
+    assert (text["vocab_size"], text["max_position_embeddings"]) == (49408, 77)
+    assert (vision["image_size"], vision["patch_size"], config["projection_dim"]) == (224, 32, 512)
     with torch.device("meta"):  # sizes alone
-        assert sum(weight.numel() for weight in CLIPModel(config).parameters()) == 151_277_313
+        assert sum(weight.numel() for weight in CLIPModel(made).parameters()) == 151_277_313
 
 
 def test_the_random_checkpoint_tells_pictures_and_texts_apart(random_clip: Path, pictures: list[Image.Image]) -> None:

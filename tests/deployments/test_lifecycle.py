@@ -69,6 +69,17 @@ def test_a_setting_that_serve_does_not_know(tmp_path: Path) -> None:
     assert "num_replica" in line
 
 
+def test_an_index_that_cannot_be_searched(tmp_path: Path) -> None:
+    line = refused("demo", "--index", tmp_path)
+    assert str(tmp_path) in line and "clipfleet index" in line
+    (tmp_path / "meta.json").write_text("{}")
+    two = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
+    two["applications"][0]["deployments"][0]["num_replicas"] = 2
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(two))
+    line = refused(tmp_path / "two.yaml", "--index", tmp_path)
+    assert "args.search.qdrant is a folder" in line and "Ingress" in line
+
+
 def test_a_config_file_that_is_not_there() -> None:
     line = refused("nothing.yaml")
     assert "'nothing.yaml'" in line and "demo" in line

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import json
 import uuid
 from pathlib import Path
 from typing import Any
@@ -9,16 +12,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import Image
 from qdrant_client import QdrantClient, models
 
-from clipfleet.errors import FingerprintMismatch, JobError, SettingsError
-from clipfleet.qdrant import Collection, point_id
+from clipfleet.errors import FingerprintMismatch, JobError, SettingsError, Unavailable
+from clipfleet.qdrant import THUMBNAIL, Collection, point_id
 from jobs.embed_images import run
 from jobs.options import EmbedOptions
+from tests.deployments.processes import private_folder
+from tests.deployments.service import BIN, running
 from tests.jobs.job import embed, errors, read, vectors
 
 
-def points(folder: Path, name: str = "pictures") -> dict[str, Any]:
+def points(folder: Path, name: str = "images") -> dict[str, Any]:
     """What the collection holds, by the rows' ids."""
     client = QdrantClient(path=str(folder))
     try:
@@ -29,13 +35,13 @@ def points(folder: Path, name: str = "pictures") -> dict[str, Any]:
 
 
 def test_a_job_fills_a_collection_and_changes_it(tmp_path: Path, files: list[bytes]) -> None:
-    source, dest, folder = tmp_path / "pictures", tmp_path / "out", tmp_path / "qdrant"
+    """By `clipfleet embed`, and then by `clipfleet index`, which says the same in fewer words."""
+    source, dest, folder = tmp_path / "pictures", tmp_path / "index" / "vectors", tmp_path / "index" / "qdrant"
     source.mkdir()
     for number, data in enumerate(files):
         (source / f"{number:02d}.png").write_bytes(data)
     (source / "bad.png").write_bytes(b"no image")
-    options = ("--qdrant", folder, "--collection", "pictures")
-    done = embed(source, dest, *options)
+    done = embed(source, dest, "--qdrant", folder, "--collection", "images")
     assert done.status == 3, done.err
     found, expected = points(folder), vectors(read(dest))
     assert found.keys() == expected.keys() and len(found) == 12
@@ -48,16 +54,22 @@ def test_a_job_fills_a_collection_and_changes_it(tmp_path: Path, files: list[byt
     (source / "00.png").write_bytes(b"no image any more")
     (source / "01.png").unlink()
     (source / "bad.png").write_bytes(files[0])
-    done = embed(source, dest, *options, "--changed")
-    assert done.status == 3 and "12 rows" not in done.out and "1 failed, 1 gone" in done.out, done.out
+    with private_folder() as own:
+        options = ("--folder", tmp_path / "index", "--model", "tiny", "--json")
+        with running(BIN / "clipfleet", "index", source, *options, folder=own) as command:
+            assert command.wait(300) == 3, command.err
+            assert json.loads(command.out)["gone"] == 1 and json.loads(command.out)["failed"] == 1
     assert points(folder).keys() == vectors(read(dest)).keys() == {*expected, "bad.png"} - {"00.png", "01.png"}
     assert errors(read(dest)) == {"00.png": "image_format_unsupported", "01.png": "gone"}
+    with_thumbnail = points(folder)["bad.png"].payload
+    assert set(with_thumbnail) == {"id", "uri", "width", "height", THUMBNAIL}
+    assert Image.open(io.BytesIO(base64.b64decode(with_thumbnail[THUMBNAIL]))).size == (160, 160)
 
     settings = {"source": str(source), "dest": str(dest), "model": "tiny"}
-    with pytest.raises(JobError, match="'pictures' too"):  # DEST would have rows that the collection has not
+    with pytest.raises(JobError, match="'images' too"):  # DEST would have rows that the collection has not
         run(EmbedOptions(**settings))
     with pytest.raises(JobError, match="is not there"):
-        run(EmbedOptions(**settings, qdrant=str(tmp_path / "empty"), collection="pictures"))
+        run(EmbedOptions(**settings, qdrant=str(tmp_path / "empty"), collection="images"))
 
 
 def test_a_qdrant_that_is_away(tmp_path: Path, picture_files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +104,7 @@ class TestCollection:
             opened.upload(rows(ids), some)
             opened.upload(rows(ids[:10], failed=("3.png",)), some[:9])
             opened.delete(["4.png", "never there"])
-        assert points(tmp_path).keys() == {*ids} - {"3.png", "4.png"}
+        assert points(tmp_path, "pictures").keys() == {*ids} - {"3.png", "4.png"}
 
     def test_a_collection_that_does_not_fit(self, tmp_path: Path) -> None:
         client = QdrantClient(path=str(tmp_path))
@@ -119,7 +131,7 @@ class TestCollection:
         monkeypatch.setattr("clipfleet.qdrant._LOCKED_S", 0.0)
         with (
             Collection(str(tmp_path), "pictures").opened(),
-            pytest.raises(JobError, match="already accessed"),
+            pytest.raises(Unavailable, match="already accessed"),
             Collection(str(tmp_path), "pictures").opened(),
         ):
             pass
