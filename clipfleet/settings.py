@@ -23,6 +23,7 @@ ENCODERS = ("ImageEncoder", "TextEncoder")
 DEPLOYMENTS = ("Ingress", "ImageDecoder", *ENCODERS)
 
 Count = Annotated[int, Field(ge=1)]
+LogFormat = Literal["text", "json"]
 
 
 class Settings(BaseModel):
@@ -126,6 +127,7 @@ class ServiceSettings(Settings):
     api_keys: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     api_keys_file: str | None = None
     cors_origins: tuple[str, ...] = ()
+    log_format: LogFormat = "text"
 
     @field_validator("api_keys")
     @classmethod

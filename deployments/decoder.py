@@ -18,7 +18,7 @@ from clipfleet.decode_process import DecodeProcess
 from clipfleet.errors import ClipfleetError, DeadlineExceeded, ImageCrashedDecoder, ImageError
 from clipfleet.images import ImageLimits, decoding_bytes, open_image, to_picture
 from clipfleet.settings import ServiceSettings
-from deployments import memory
+from deployments import logs, memory
 from deployments.metrics import decode_seconds
 from deployments.own_config import check_own_scaling
 
@@ -67,6 +67,7 @@ class DecoderReplica:
 
     def __init__(self, settings: ServiceSettings) -> None:
         check_own_scaling()
+        logs.set_up(settings.log_format)
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides GPUs from nobody who asks for none
         self._spec = find_checkpoint(settings.model, weights=False).pixels
         self._limits = image_limits(settings)

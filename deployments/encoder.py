@@ -15,7 +15,7 @@ from clipfleet import threads
 from clipfleet.checkpoint import find_checkpoint
 from clipfleet.fingerprint import fingerprint
 from clipfleet.settings import BatchSettings, ServiceSettings, parse
-from deployments import memory
+from deployments import logs, memory
 from deployments.batching import Batcher
 from deployments.imports import encoder_class
 from deployments.metrics import SECONDS
@@ -49,6 +49,7 @@ class EncoderReplica:
 
     def __init__(self, tower: Tower, settings: ServiceSettings) -> None:
         batch = own_batching()  # before weights are loaded: a refusal should be quick
+        logs.set_up(settings.log_format)
         memory.return_large_blocks()
         own_threads = threads.of_encoder(settings.cpus_per_replica, settings.threads_per_replica)
         self._tower = tower

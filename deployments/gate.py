@@ -90,7 +90,10 @@ class Gate:
                     raise  # otherwise it was answered and logged by our handler, and is only passed on for the server's log
             finally:
                 route = getattr(scope.get("route"), "path", "none")  # of the framework, for what it knows
-                self.metrics.answered(route, status, time.perf_counter() - began)
+                took = time.perf_counter() - began
+                self.metrics.answered(route, status, took)
+                if status >= 500 and not _is_health(scope):
+                    logger.warning("{} {} was answered {} after {:.2f} s", scope["method"], route, status, took)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

@@ -17,7 +17,7 @@ from clipfleet.errors import ClipfleetError, InvalidRequest, UnsupportedDimensio
 from clipfleet.keys import KeyRing
 from clipfleet.settings import ServiceSettings
 from clipfleet.vectors import DType, rank
-from deployments import infinity, memory, prefixes, schemas, weaviate
+from deployments import infinity, logs, memory, prefixes, schemas, weaviate
 from deployments.answers import ITEMS, KEYED, OPEN, answers
 from deployments.docs_page import add_schemas, render
 from deployments.encoder import EncodedText
@@ -51,6 +51,7 @@ class Ingress:
         text_encoder: DeploymentHandle,
     ) -> None:
         check_own_scaling()
+        logs.set_up(settings.log_format)
         memory.return_large_blocks()
         prefixes.accept_any()
         self._settings = settings
