@@ -128,6 +128,7 @@ class ServiceSettings(Settings):
     api_keys_file: str | None = None
     cors_origins: tuple[str, ...] = ()
     log_format: LogFormat = "text"
+    page: bool = True
 
     @field_validator("api_keys")
     @classmethod

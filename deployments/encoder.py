@@ -38,10 +38,14 @@ class EncodedText(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """What an encoder answers: its checkpoint's fingerprint, and a vector (d,), EncodedText or ClipfleetError an item."""
+    """What an encoder answers: its checkpoint's fingerprint, and a vector (d,), EncodedText or ClipfleetError an item.
+
+    `batch` is the mean size of its last batches; None before the first.
+    """
 
     fingerprint: str
     outcomes: list[Any]
+    batch: float | None = None
 
 
 class EncoderReplica:
@@ -66,6 +70,7 @@ class EncoderReplica:
         )
         self._fingerprint = fingerprint(checkpoint, exif_orientation=settings.exif_orientation)
         self._forward(self._probe_items())  # the first pass is the slow one
+        self._mean_batch: float | None = None
         self._batcher = Batcher(self._forward, batch, self._observe, settings.limits.forward_s)
         memory.collect_rarely()
 
@@ -90,7 +95,8 @@ class EncoderReplica:
 
     async def encode(self, items: Sequence[Any], deadline: float) -> Encoded:
         """Encode pixels (uint8 (H, W, 3) each) or texts."""
-        return Encoded(self._fingerprint, await (await self._together((items, deadline))))
+        outcomes = await (await self._together((items, deadline)))
+        return Encoded(self._fingerprint, outcomes, self._mean_batch)
 
     async def probe(self, deadline: float) -> float:
         """Seconds since this replica's model last returned; runs it once if that is more than 2 s."""
@@ -129,6 +135,8 @@ class EncoderReplica:
         return [EncodedText(*row) for row in zip(encoded.vectors, encoded.truncated, encoded.tokens, strict=True)]
 
     def _observe(self, size: int, waits: Sequence[float], forward: float) -> None:
+        mean = self._mean_batch
+        self._mean_batch = float(size) if mean is None else 0.9 * mean + 0.1 * size
         self._batch_size.observe(size)
         self._forward_time.observe(forward)
         self._items.inc(size)

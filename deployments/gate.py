@@ -27,6 +27,7 @@ from clipfleet.errors import (
     Unavailable,
 )
 from clipfleet.keys import KeyRing
+from deployments import web
 from deployments.bodies import invalid
 from deployments.metrics import RequestMetrics
 from deployments.responses import FINGERPRINT_HEADER, error_response
@@ -35,7 +36,7 @@ REQUEST_ID_HEADER = "X-Request-Id"
 DEADLINE_HEADER = "X-Deadline-Ms"
 KEY_NAME = "clipfleet.key"  # in the scope: the name of the request's API key
 # Those of Weaviate and infinity among them, which ask without a key.
-_OPEN_PATHS = ("/healthz", "/readyz", "/health", "/.well-known/live", "/.well-known/ready")
+_HEALTH_PATHS = ("/healthz", "/readyz", "/health", "/.well-known/live", "/.well-known/ready")
 _LOOK_EVERY_S = 1.0
 # HAProxy lets headers through that fill its buffer. What reads them takes seconds for megabytes, and stops all others.
 _HEADER_BYTES = 64 * 2**10
@@ -115,7 +116,7 @@ class Gate:
                 self._idle.set()
 
     def _check_key(self, scope: Scope) -> None:
-        if not self._keys.asks or _is_health(scope):
+        if not self._keys.asks or _is_open(scope):
             return
         if time.monotonic() - self._looked > _LOOK_EVERY_S:
             self._looked = time.monotonic()
@@ -145,8 +146,16 @@ def with_cors(app: ASGIApp, origins: Sequence[str], exposed: Sequence[str]) -> A
     )
 
 
+def _path(scope: Scope) -> str:
+    return scope["path"].removeprefix(scope.get("root_path", ""))
+
+
 def _is_health(scope: Scope) -> bool:
-    return scope["path"].removeprefix(scope.get("root_path", "")) in _OPEN_PATHS
+    return _path(scope) in _HEALTH_PATHS
+
+
+def _is_open(scope: Scope) -> bool:
+    return _path(scope) in (*_HEALTH_PATHS, *web.PATHS)
 
 
 def _request_id(scope: Scope) -> str:

@@ -17,7 +17,7 @@ from clipfleet.errors import ClipfleetError, InvalidRequest, UnsupportedDimensio
 from clipfleet.keys import KeyRing
 from clipfleet.settings import ServiceSettings
 from clipfleet.vectors import DType, rank
-from deployments import infinity, logs, memory, prefixes, schemas, weaviate
+from deployments import infinity, logs, memory, prefixes, schemas, weaviate, web
 from deployments.answers import ITEMS, KEYED, OPEN, answers
 from deployments.docs_page import add_schemas, render
 from deployments.encoder import EncodedText
@@ -37,6 +37,7 @@ from deployments.responses import (
     vector,
 )
 from deployments.search import Searcher, SearchRoute
+from deployments.stats import StatsRoute
 
 
 @serve.ingress()
@@ -69,6 +70,8 @@ class Ingress:
         routes.add(app, asks_keys=keys.asks)
         infinity.add_routes(app, requests, routes.embed_json)
         weaviate.add_routes(app, requests)
+        if self._settings.page:
+            web.add_routes(app)
         self._gate = Gate(app, keys=keys, fingerprint=lambda: requests.fingerprint)
         requests.export(self._gate.metrics)
         exposed = (FINGERPRINT_HEADER, ERRORS_HEADER, REQUEST_ID_HEADER)
@@ -90,6 +93,7 @@ class Routes:
     def __init__(self, requests: Requests, search: SearchRoute) -> None:
         self._requests = requests
         self._search = search
+        self._stats = StatsRoute(requests, search=search.is_on)
 
     def add(self, app: FastAPI, *, asks_keys: bool) -> None:
         """Add them, and the document of all."""
@@ -109,6 +113,7 @@ class Routes:
             app.add_api_route("/v1/search", self._search.search, methods=["POST"], include_in_schema=False)
         route("GET", "/v1/models", self.models, schemas.ModelList, KEYED)
         route("GET", "/v1/models/{model:path}", self.model, schemas.Model, (*KEYED, 404))
+        route("GET", "/v1/stats", self._stats.stats, schemas.Stats, KEYED)
         route("GET", "/healthz", self.healthz, schemas.Health, OPEN)
         route("GET", "/readyz", self.readyz, schemas.Health, OPEN)
         add_schemas(app, asks_keys=asks_keys)

@@ -49,6 +49,7 @@ class Pipeline:
         self.decoder = decoder
         self.image_encoder = image_encoder
         self.text_encoder = text_encoder
+        self.batches: dict[str, float | None] = {"image": None, "text": None}  # the mean sizes that encoders said last
 
     async def embed(self, inputs: Sequence[Input], deadline: float, fingerprint: str) -> list[Outcome]:
         """One outcome an input, in order, by encoders of that fingerprint. `deadline` is wall-clock time.
@@ -75,7 +76,9 @@ class Pipeline:
         return [outcomes[i] for i in range(len(inputs))]
 
     async def _embed_texts(self, texts: list[str], deadline: float, fingerprint: str) -> list[Outcome]:
-        return _checked(await _again(lambda: self.text_encoder.encode.remote(texts, deadline)), fingerprint)
+        encoded = await _again(lambda: self.text_encoder.encode.remote(texts, deadline))
+        self.batches["text"] = encoded.batch
+        return _checked(encoded, fingerprint)
 
     async def _embed_images(self, images: list[bytes], deadline: float, fingerprint: str) -> list[Outcome]:
         outcomes = await self._decode(images, deadline)
@@ -83,6 +86,7 @@ class Pipeline:
         if good:
             pixels = [outcomes[i] for i in good]
             encoded = await _again(lambda: self.image_encoder.encode.remote(pixels, deadline))
+            self.batches["image"] = encoded.batch
             for i, vector in zip(good, _checked(encoded, fingerprint), strict=True):
                 outcomes[i] = vector
         return outcomes

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections import deque
 from collections.abc import Awaitable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -30,6 +32,28 @@ T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 
 _EXPORT_EVERY_S = 1.0
+_WINDOW_S = 10.0
+
+
+class Rate:
+    """Items a second over the last 10 s."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._counts: deque[tuple[float, int]] = deque()
+
+    def add(self, count: int) -> None:
+        self._counts.append((time.monotonic(), count))
+        self._forget()
+
+    def now(self) -> float:
+        self._forget()
+        seconds = min(_WINDOW_S, max(time.monotonic() - self._began, 1.0))
+        return sum(count for _, count in self._counts) / seconds
+
+    def _forget(self) -> None:
+        while self._counts and self._counts[0][0] < time.monotonic() - _WINDOW_S:
+            self._counts.popleft()
 
 
 @dataclass
@@ -56,6 +80,7 @@ class Requests:
         self.urls = settings.image_urls.enabled  # whether images may be addresses
         self.admission = Admission(settings.limits)
         self.health = Health(handles)
+        self.rates = {"image": Rate(), "text": Rate()}  # of what was computed
         self._cache = VectorCache(settings.cache)
         self._pipeline = Pipeline(handles["ImageDecoder"], handles["ImageEncoder"], handles["TextEncoder"])
         self._fetcher = Fetcher(settings.image_urls, settings.limits.image_bytes) if self.urls else None
@@ -69,6 +94,10 @@ class Requests:
             lanes = self.admission.lanes
             metrics.holds(lanes["images"].items, lanes["texts"].items, self.admission.bytes)
             await asyncio.sleep(_EXPORT_EVERY_S)
+
+    def batches(self) -> dict[str, float | None]:
+        """The mean sizes of the encoders' last batches; None before the first."""
+        return self._pipeline.batches
 
     @contextmanager
     def asked(self, request: Request) -> Iterator[Asked]:
@@ -167,10 +196,12 @@ class Requests:
                 raise
             except TimeoutError:
                 raise DeadlineExceeded("the deadline passed before every item had its vector") from None
-        if any(isinstance(outcome, EncodedText) for outcome in outcomes):
+        if done := sum(isinstance(outcome, EncodedText) for outcome in outcomes):
             self.health.succeeded("TextEncoder")
-        if any(isinstance(outcome, np.ndarray) for outcome in outcomes):
+            self.rates["text"].add(done)
+        if done := sum(isinstance(outcome, np.ndarray) for outcome in outcomes):
             self.health.succeeded("ImageDecoder", "ImageEncoder")
+            self.rates["image"].add(done)
         for outcome in outcomes:
             if isinstance(outcome, ServiceError):  # the model or the deadline failed, not the item
                 raise outcome

@@ -188,6 +188,24 @@ class ModelList(Wire):
     data: list[Model]
 
 
+class ByTower(Wire):
+    """A figure of each tower; null where there is none yet."""
+
+    image: float | None
+    text: float | None
+
+
+class Stats(Wire):
+    """What `/v1/stats` answers: the figures of the ingress replica that was asked, and all replicas."""
+
+    model: Model
+    search: Annotated[bool, Field(description="Whether /v1/search has a collection.")]
+    items_per_second: ByTower
+    in_flight: ByTower
+    batch: ByTower
+    replicas: dict[str, int]
+
+
 class Health(Wire):
     """What `/healthz` and `/readyz` answer."""
 
