@@ -13,7 +13,7 @@ SUITABLE := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test check bench chaos plot fuzz soak clean
+.PHONY: help setup demo test browser check bench chaos plot fuzz soak clean
 
 help:
 	@echo 'make setup   make .venv and install the pinned versions and this tree (editable)'
@@ -72,8 +72,16 @@ soak: setup
 demo: setup
 	@$(BIN)/python scripts/demo.py
 
-test: setup
+test: setup browser
 	@$(BIN)/python -m pytest $(ARGS)
+
+# The page is tested in Chromium. Where there is none and nobody may install it, those tests are skipped, which pytest says.
+browser:
+	@if ! command -v chromium >/dev/null 2>&1 && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then \
+		echo 'installing Chromium, in which the page is tested'; \
+		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium; } \
+			>/dev/null 2>&1 || echo 'Chromium could not be installed: its tests are skipped'; \
+	fi
 
 check: setup
 	$(BIN)/ruff check .

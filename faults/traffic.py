@@ -5,11 +5,12 @@ from __future__ import annotations
 import http.client
 import io
 import itertools
+import json
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -50,6 +51,7 @@ class Seen:
     wrong: int = 0
     failures: Counter[str] = field(default_factory=Counter)
     fingerprints: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
     seconds: list[float] = field(default_factory=list)
     gap_s: float = 0.0
 
@@ -81,6 +83,12 @@ def post(
             own.close()
 
 
+def _message(body: bytes) -> str:
+    with suppress(ValueError, KeyError, TypeError):
+        return json.loads(body)["error"]["message"]
+    return ""
+
+
 Ask = Callable[[int], "Said"]  # sends a client's request number N
 
 
@@ -90,6 +98,7 @@ class Said(NamedTuple):
     problem: str | None = None
     right: bool = True
     fingerprint: str | None = None
+    note: str = ""  # what the service said of the problem
 
 
 @contextmanager
@@ -110,6 +119,9 @@ def asking(clients: int, client: Callable[[int], AbstractContextManager[Ask]]) -
                 with lock:
                     if said.problem:
                         seen.failures[said.problem] += 1
+                        if said.note and seen.notes[said.note] < 1:
+                            print(f"{time.strftime('%T')} {said.problem}: {said.note}", flush=True)
+                        seen.notes[said.note] += 1
                         continue
                     seen.answered += 1
                     seen.wrong += not said.right
@@ -141,7 +153,7 @@ def traffic(port: int, pictures: Sequence[Picture], clients: int = 16) -> Abstra
             try:
                 answer = post(port, picture.body, picture.content_type, connection)
                 if answer.status != 200:
-                    return Said(f"status {answer.status}")
+                    return Said(f"status {answer.status}", note=_message(answer.body))
                 return Said(None, picture.is_answer(answer.body, answer.fingerprint), answer.fingerprint)
             except (OSError, http.client.HTTPException, ValueError) as error:
                 connection.close()

@@ -116,7 +116,8 @@ def test_who_is_let_in(keyed: Service, keys: dict[str, str], keys_file: Path) ->
     assert [status(keys["shop"]), status(keys["importer"]), status(keys["old"])] == [200, 200, 200]
     open_paths = ("/healthz", "/readyz", "/health", "/.well-known/live", "/.well-known/ready")
     assert [status(None, path) for path in open_paths] == [200, 200, 200, 204, 204]
-    assert [status(None, path) for path in ("/docs", "/openapi.json", "/models", "/meta")] == [401] * 4
+    assert [status(None, path) for path in ("/docs", "/openapi.json", "/models", "/meta", "/v1/stats")] == [401] * 5
+    assert [status(None, path) for path in ("/", "/page/page.js", "/page/", "/page/page.js/")] == [200, 200, 401, 401]
     with (
         openai.OpenAI(base_url=f"{keyed.url}/v1", api_key="nobody's") as client,
         pytest.raises(openai.AuthenticationError),
