@@ -6,9 +6,18 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.main import get_command
 
 from clipfleet.cli import app
+from clipfleet.settings import (
+    BatchSettings,
+    CacheSettings,
+    LimitSettings,
+    SearchSettings,
+    ServiceSettings,
+    UrlSettings,
+)
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -53,3 +62,22 @@ def test_commands_and_their_options(page: Path) -> None:
             if word.startswith("--") and word.partition("=")[0].rstrip(",.;:)") not in options
         ]
     assert wrong == []
+
+
+def test_the_site_has_every_page() -> None:
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+
+    def pages(entry: object) -> list[str]:
+        if isinstance(entry, dict):
+            return [page for value in entry.values() for page in pages(value)]
+        return [page for value in entry for page in pages(value)] if isinstance(entry, list) else [str(entry)]
+
+    listed = pages(site["nav"])
+    assert sorted(listed) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+    assert site["theme"]["font"] is False
+
+
+def test_every_setting_is_described() -> None:
+    described = (ROOT / "docs" / "configuration.md").read_text() + (ROOT / "docs" / "search.md").read_text()
+    kinds = (ServiceSettings, LimitSettings, CacheSettings, UrlSettings, SearchSettings, BatchSettings)
+    assert [name for kind in kinds for name in kind.model_fields if f"`{name}`" not in described] == []

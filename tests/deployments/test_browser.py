@@ -102,7 +102,8 @@ def test_a_dropped_picture(page: Page, picture_files: list[Path]) -> None:
         """content => {
             const transfer = new DataTransfer();
             transfer.items.add(new File([new Uint8Array(content)], "dropped.png", { type: "image/png" }));
-            document.getElementById("search-drop").dispatchEvent(new DragEvent("drop", { dataTransfer: transfer, cancelable: true }));
+            const dropped = new DragEvent("drop", { dataTransfer: transfer, cancelable: true });
+            document.getElementById("search-drop").dispatchEvent(dropped);
         }""",
         content,
     )
