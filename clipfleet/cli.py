@@ -255,6 +255,32 @@ def index(
         raise typer.Exit(summary.exit_status)
 
 
+@app.command(
+    epilog="Examples:  clipfleet duplicates vectors/ --page duplicates.html  |  clipfleet duplicates vectors/ --threshold 0.99 "
+    "--out duplicates.csv"
+)
+def duplicates(
+    dest: Annotated[Path, typer.Argument(help="A job's DEST.")],
+    threshold: Annotated[float, typer.Option(help="Least cosine of a pair.")] = 0.97,
+    out: Annotated[Path | None, typer.Option(help="Write the table here: .parquet, .csv or .jsonl.")] = None,
+    page: Annotated[Path | None, typer.Option(help="Write a page of thumbnails here.")] = None,
+    as_json: _AsJson = False,
+) -> None:
+    """Find groups of images that are nearly the same, by comparing each vector of DEST with each other one."""
+    with _reported("serve"):
+        from jobs.duplicates import as_table, find, write_page, write_table
+
+        groups = find(dest, threshold)
+        if out is not None:
+            write_table(groups, out)
+        if page is not None:
+            write_page(groups, page, threshold)
+        for row in as_table(groups).to_pylist() if as_json else ():
+            typer.echo(json.dumps(row, ensure_ascii=False))
+        if not as_json:
+            typer.echo(f"{len(groups)} groups, {sum(map(len, groups))} images")
+
+
 @app.command(epilog="Example:  clipfleet encode --model tiny --text 'a red circle' photo.jpg --out vectors.npy")
 def encode(
     images: Annotated[list[Path] | None, typer.Argument(help="Image files.")] = None,
