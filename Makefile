@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help:
 	@echo 'make setup   make .venv and install the pinned versions and this tree (editable)'
-	@echo 'make demo    set up, then serve, embed, rank and run the job on pictures, and stop'
+	@echo 'make demo    set up, then index, serve, rank and search pictures, and stop (KEEP=1: at Ctrl-C)'
 	@echo 'make test    set up, then run every test'
 	@echo 'make check   set up, then lint, formatting and types'
 	@echo 'make bench   set up, then measure against the alternatives (40 minutes; ARGS=library for a part)'
@@ -70,7 +70,7 @@ soak: setup
 	@$(BIN)/python -m faults soak --seconds 1800 $(ARGS)
 
 demo: setup
-	@$(BIN)/python scripts/demo.py
+	@$(BIN)/python scripts/demo.py $(if $(KEEP),--keep)
 
 test: setup browser
 	@$(BIN)/python -m pytest $(ARGS)

@@ -59,8 +59,9 @@ def find(dest: Path, threshold: float) -> list[Group]:
 
 
 def _group(rows: np.ndarray, ids: Sequence[str], uris: Sequence[str | None], vectors: np.ndarray) -> Group:
-    scores = [float(vectors[row] @ vectors[rows[0]]) for row in rows]
-    return [Member(ids[row], uris[row], min(score, 1.0)) for row, score in zip(rows.tolist(), scores, strict=True)]
+    numbers: list[int] = rows.tolist()
+    scores = [float(vectors[number] @ vectors[numbers[0]]) for number in numbers]
+    return [Member(ids[number], uris[number], min(score, 1.0)) for number, score in zip(numbers, scores, strict=True)]
 
 
 def _joined(vectors: np.ndarray, threshold: float) -> np.ndarray:

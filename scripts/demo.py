@@ -1,7 +1,8 @@
-"""`make demo`: the whole of clipfleet on real input, from a service to a finished job, and nothing left behind.
+"""`make demo`: the whole of clipfleet on real input, from a pile of pictures to search, and nothing left behind.
 
-Draws labelled shapes, adds photographs that installed packages ship, serves the embedded checkpoint, asks it for a
-ranking, embeds the same pictures with the offline job and with the library, and compares the vectors.
+Draws labelled shapes, adds photographs that installed packages ship, indexes them with the offline job, serves the embedded
+checkpoint and the index, asks for rankings and searches, embeds the same pictures over HTTP and with the library, and compares
+the vectors. `make demo KEEP=1` leaves the service up, with its page, until Ctrl-C.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -75,9 +76,9 @@ def free_port() -> int:
 
 
 @contextmanager
-def service() -> Iterator[str]:
+def service(index: Path) -> Iterator[str]:
     """Run `clipfleet serve demo` on free ports; yield its address, stop it, and insist that it stopped well."""
-    arguments = ["serve", "demo", "--port", str(free_port()), "--metrics-port", str(free_port())]
+    arguments = ["serve", "demo", "--index", str(index), "--port", str(free_port()), "--metrics-port", str(free_port())]
     say(f"$ clipfleet {' '.join(arguments)}")
     started = time.monotonic()
     process = subprocess.Popen([*CLIPFLEET, *arguments], stdout=subprocess.PIPE, text=True, start_new_session=True)
@@ -107,8 +108,6 @@ def embed_by_http(client: httpx.Client, pictures: list[Path]) -> np.ndarray:
 def show_ranking(client: httpx.Client, pictures: list[Path]) -> None:
     """Rank all 48 labels for each drawing, and stop if the right one is not first."""
     for picture in pictures:
-        if picture.name in PHOTOGRAPHS:
-            continue
         item = {"image": "data:image/png;base64," + _base64(picture)}
         answer = client.post("/v1/rank", json={"query": item, "candidates": list(LABELS)})
         answer.raise_for_status()
@@ -123,14 +122,26 @@ def _base64(picture: Path) -> str:
     return base64.b64encode(picture.read_bytes()).decode()
 
 
-def run_job(folder: Path, destination: Path) -> dict[str, np.ndarray]:
-    """Run `clipfleet embed` and read its Parquet files: vectors by file name."""
-    say("$ clipfleet embed PICTURES VECTORS --model tiny")
-    command = [*CLIPFLEET, "embed", str(folder), str(destination), "--model", "tiny"]
+def search(client: httpx.Client, drawings: list[Path]) -> None:
+    """Search for each drawing by its label, and stop if it is not found first."""
+    for drawing in drawings:
+        label = drawing.stem.replace("-", " ")
+        answer = client.post("/v1/search", json={"query": label, "limit": 3})
+        answer.raise_for_status()
+        found = [f"{result['id']} {result['score']:.2f}" for result in answer.json()["results"]]
+        say(f"  {label:20} {', '.join(found)}")
+        if not found[0].startswith(drawing.name):
+            sys.exit(f"{drawing.name} is not found first by {label!r}")
+
+
+def make_index(folder: Path, index: Path) -> dict[str, np.ndarray]:
+    """Run `clipfleet index` and read the job's Parquet files: vectors by file name."""
+    say("$ clipfleet index PICTURES --folder INDEX --model tiny")
+    command = [*CLIPFLEET, "index", str(folder), "--folder", str(index), "--model", "tiny"]
     status = subprocess.run(command, start_new_session=True).returncode
     if status:
         sys.exit(f"the job ended with status {status}")
-    parts = [pq.read_table(part) for part in sorted(destination.glob("part-*.parquet"))]
+    parts = [pq.read_table(part) for part in sorted((index / "vectors").glob("part-*.parquet"))]
     rows = [row for part in parts for row in part.to_pylist()]
     return {row["id"]: np.asarray(row["embedding"], np.float32) for row in rows}
 
@@ -142,30 +153,36 @@ def embed_by_library(pictures: list[Path]) -> np.ndarray:
     return np.stack([vector for vector in vectors if vector is not None])
 
 
-def main() -> None:
+def main(keep: bool) -> None:
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="clipfleet-demo-") as temporary:
-        folder = Path(temporary) / "pictures"
+        folder, index = Path(temporary) / "pictures", Path(temporary) / "index"
         folder.mkdir()
         pictures = make_pictures(folder)
-        drawn = len(pictures) - len(PHOTOGRAPHS)
-        say(f"{len(pictures)} pictures: {drawn} drawn shapes, {len(PHOTOGRAPHS)} photographs")
-        with service() as address, httpx.Client(base_url=address, timeout=60, trust_env=False) as client:
+        drawings = [picture for picture in pictures if picture.name not in PHOTOGRAPHS]
+        say(f"{len(pictures)} pictures: {len(drawings)} drawn shapes, {len(PHOTOGRAPHS)} photographs")
+        job = make_index(folder, index)
+        library = embed_by_library(pictures)
+        with service(index) as address, httpx.Client(base_url=address, timeout=60, trust_env=False) as client:
             say("POST /v1/rank: each drawing against all 48 labels, best three")
-            show_ranking(client, pictures)
+            show_ranking(client, drawings)
+            say("POST /v1/search: each label in the index, best three")
+            search(client, drawings)
             say(f"POST /v1/embeddings/images: {len(pictures)} files in one request")
             served = embed_by_http(client, pictures)
-        job = run_job(folder, Path(temporary) / "vectors")
-        library = embed_by_library(pictures)
-
-        worst_job = max(float(np.abs(job[p.name] - v).max()) for p, v in zip(pictures, served, strict=True))
-        worst_library = float(np.abs(library - served).max())
-        say(f"{len(served)} vectors of {served.shape[1]} dimensions; largest difference of any number in them:")
-        say(f"  service and job     {worst_job:.1e}\n  service and library {worst_library:.1e}")
-        if max(worst_job, worst_library) > TOLERANCE:
-            sys.exit(f"that is more than {TOLERANCE:.0e}")
+            worst_job = max(float(np.abs(job[p.name] - v).max()) for p, v in zip(pictures, served, strict=True))
+            worst_library = float(np.abs(library - served).max())
+            say(f"{len(served)} vectors of {served.shape[1]} dimensions; largest difference of any number in them:")
+            say(f"  service and job     {worst_job:.1e}\n  service and library {worst_library:.1e}")
+            if max(worst_job, worst_library) > TOLERANCE:
+                sys.exit(f"that is more than {TOLERANCE:.0e}")
+            say(f"the page, with these pictures to search: {address}")
+            if keep:
+                say("Ctrl-C stops it")
+                with suppress(KeyboardInterrupt):
+                    signal.pause()
     say(f"demo finished in {time.monotonic() - started:.0f} s")
 
 
 if __name__ == "__main__":
-    main()
+    main("--keep" in sys.argv[1:])
