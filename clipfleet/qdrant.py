@@ -7,6 +7,7 @@ the collection has its rows.
 
 from __future__ import annotations
 
+import fcntl
 import time
 import uuid
 import warnings
@@ -88,10 +89,19 @@ def point_id(row: str) -> str:
 class Points:
     """A connection to a collection. Every method raises Unavailable where Qdrant fails.
 
-    `patience_s` is how long a folder may be another process's before that is an error, `tries` how often a server is asked.
+    `patience_s` is how long a folder may be another process's before that is an error, `tries` how often a server is asked,
+    and `timeout_s` how long it has to answer.
     """
 
-    def __init__(self, collection: Collection, *, patience_s: float | None = None, tries: int = _TRIES) -> None:
+    def __init__(
+        self,
+        collection: Collection,
+        *,
+        patience_s: float | None = None,
+        tries: int = _TRIES,
+        timeout_s: int = _TIMEOUT_S,
+    ) -> None:
+        self._timeout_s = timeout_s
         self._name, self._place, self._is_folder = collection.name, collection.place, collection.is_folder
         self._tries = tries
         self._client = self._connect(collection, _LOCKED_S if patience_s is None else patience_s)
@@ -186,15 +196,22 @@ class Points:
                 )
             )
         except Unavailable as error:
-            if getattr(error.__cause__, "status_code", None) == 400:  # of a filter that this server does not take
-                raise InvalidRequest(f"Qdrant refused the search: {_said(error.__cause__)}", param="filter") from error
+            # Of a server that does not take the filter; the local mode raises whatever its code runs into.
+            refused = getattr(error.__cause__, "status_code", None) in (400, 422) or self._is_folder
+            if where is not None and refused:
+                raise InvalidRequest(
+                    f"Qdrant cannot use this filter: {_said(error.__cause__)}", param="filter"
+                ) from error
             raise
         return [Found(str(point.id), point.score, point.payload or {}) for point in answer.points]
 
     def vector_of(self, row: str) -> np.ndarray | None:
         """The vector (d,) of a row's point; None where there is no such point."""
         found = self._ask(lambda: self._client.retrieve(self._name, ids=[point_id(row)], with_vectors=True))
-        return np.asarray(found[0].vector, np.float32) if found else None
+        vector: Any = found[0].vector if found else None
+        if isinstance(vector, dict):  # beside others, which have names
+            vector = vector.get("")
+        return None if vector is None else np.asarray(vector, np.float32)
 
     def close(self) -> None:
         with suppress(Exception):  # nothing is lost by it
@@ -204,7 +221,9 @@ class Points:
         deadline = time.monotonic() + patience_s
         while True:
             try:
-                return _client(collection)
+                if collection.is_folder:
+                    _check_lock(Path(collection.place))
+                return _client(collection, self._timeout_s)
             except RuntimeError as error:  # the folder is another process's
                 if time.monotonic() > deadline:
                     raise self._failed(error) from error
@@ -218,9 +237,7 @@ class Points:
         """Qdrant's answer. Requests are repeated where nobody answers or the server is at fault: each may come twice."""
         for attempt in range(1, self._tries + 1):
             try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # such as that a folder is for small collections
-                    return request()
+                return request()
             except Exception as error:
                 status = getattr(error, "status_code", None)  # of an answer; without one nobody answered
                 if attempt == self._tries or (status is not None and status < 500) or self._is_folder:
@@ -232,19 +249,29 @@ class Points:
         return Unavailable(f"Qdrant at {self._place!r} failed: {_said(error)}", retry_after=2)
 
 
+def _check_lock(folder: Path) -> None:
+    """Raise RuntimeError while another process has the folder: Qdrant's client reads all of it before it asks."""
+    lock = folder / ".lock"
+    if lock.is_file():
+        with lock.open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # closing the file lets go
+            except OSError:
+                raise RuntimeError("another process has opened this folder: a service, or a job") from None
+
+
 def _said(error: BaseException | None) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:300]
 
 
-def _client(collection: Collection) -> QdrantClient:
+def _client(collection: Collection, timeout_s: int) -> QdrantClient:
     from qdrant_client import QdrantClient
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # such as that a key goes over plain HTTP, also on loopback
-        if collection.is_folder:
-            path = str(Path(collection.place).expanduser().absolute())
-            return QdrantClient(path=path, force_disable_check_same_thread=True)  # an actor's threads take turns
-        return QdrantClient(
-            url=collection.place, api_key=collection.api_key, timeout=_TIMEOUT_S, check_compatibility=False
-        )
+    # Such as that a key goes over plain HTTP, also on loopback, or that a folder is for small collections. Once and for all:
+    # catch_warnings is not for threads.
+    warnings.filterwarnings("ignore", category=UserWarning, module="qdrant_client")
+    if collection.is_folder:
+        path = str(Path(collection.place).expanduser().absolute())
+        return QdrantClient(path=path, force_disable_check_same_thread=True)  # an actor's threads take turns
+    return QdrantClient(url=collection.place, api_key=collection.api_key, timeout=timeout_s, check_compatibility=False)

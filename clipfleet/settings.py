@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import ipaddress
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from clipfleet.engines import Engine, Precision, check_engine
 from clipfleet.errors import SettingsError
 from clipfleet.keys import fits_a_header, read_keys
+from clipfleet.qdrant import place_of
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 APPLICATION = "clipfleet"
@@ -217,10 +218,12 @@ def service_settings(args: dict[str, Any]) -> ServiceSettings:
 
 
 def _located(search: SearchSettings | None) -> SearchSettings | None:
-    """With a folder by its whole path, and the key of QDRANT_API_KEY where none is set."""
+    """With a folder by its whole path, and the key of QDRANT_API_KEY where none is set. Raises SettingsError."""
     if search is None:
         return None
-    place = search.qdrant if "://" in search.qdrant else str(Path(search.qdrant).expanduser().absolute())
+    if importlib.util.find_spec("qdrant_client") is None:
+        raise SettingsError("args.search needs Qdrant's client: pip install 'clipfleet[qdrant]'")
+    place = place_of(search.qdrant)
     key = search.qdrant_api_key or os.environ.get("QDRANT_API_KEY") or None
     return search.model_copy(update={"qdrant": place, "qdrant_api_key": key})
 
@@ -300,18 +303,13 @@ def check_deployment(entry: Any) -> str:
     return name
 
 
-def check_one_ingress(deployments: Sequence[Any]) -> None:
+def check_one_ingress(settings: ServiceSettings, replicas: int) -> None:
     """Refuse several ingress replicas that would open one folder of Qdrant's."""
-    for entry in deployments:
-        if isinstance(entry, dict) and entry.get("name") == "Ingress":
-            scaling = entry.get("autoscaling_config") or {}
-            if entry.get("num_replicas") not in (None, 1) or (
-                isinstance(scaling, dict) and scaling.get("max_replicas", 1) != 1
-            ):
-                raise SettingsError(
-                    "args.search.qdrant is a folder, which one process opens, and Ingress has several replicas. Give the URL "
-                    "of a Qdrant server, or Ingress one replica"
-                )
+    if settings.search is not None and "://" not in settings.search.qdrant and replicas > 1:
+        raise SettingsError(
+            f"args.search.qdrant is a folder, which one process opens, and Ingress may have {replicas} replicas. Give the URL "
+            "of a Qdrant server, or Ingress one replica"
+        )
 
 
 DEFAULT_MAX_ONGOING = {"Ingress": 10_000, "ImageDecoder": 64, "ImageEncoder": 256, "TextEncoder": 256}
@@ -373,9 +371,12 @@ def check_config(config: Any, source: str) -> None:
         raise SettingsError(f"config {source!r}: args must be an object and deployments a list")
     settings = service_settings(arguments)
     try:
-        if settings.search is not None and "://" not in settings.search.qdrant:
-            check_one_ingress(deployments)
         listed = [check_deployment(entry) for entry in deployments]
+        for entry in deployments:
+            if isinstance(entry, dict) and entry["name"] == "Ingress":
+                scaling = entry.get("autoscaling_config")
+                most = scaling.get("max_replicas", 1) if scaling else entry.get("num_replicas") or 1
+                check_one_ingress(settings, 100 if most == "auto" else most)
         if len(set(listed)) < len(listed):
             raise SettingsError("a deployment is listed twice")
     except SettingsError as error:

@@ -124,6 +124,11 @@ _NO_ITEM = (
     "check_embedding_ctx_length=False"
 )
 
+_NO_QUERY = (
+    'is a text, {"text": "..."}, {"image": "..."}, {"id": "..."}, or a list of up to 16 such objects, each with a `weight` '
+    "from -100 to 100 if you like"
+)
+
 
 def invalid(problems: Sequence[Any]) -> InvalidRequest:
     """One error from pydantic's list of problems; the field's name, with the item's place, goes to `param`."""
@@ -135,6 +140,8 @@ def invalid(problems: Sequence[Any]) -> InvalidRequest:
     same = [problem for problem in problems if problem["loc"][:1] == place[:1]]
     index = next((part for problem in same for part in problem["loc"] if isinstance(part, int)), None)
     param = f"{place[0]}" if index is None else f"{place[0]}[{index}]"
+    if any("WeightedItem" in str(part) for problem in same for part in problem["loc"]):
+        return InvalidRequest(f"{param}: {_NO_QUERY}", param=param)
     reason = _misnamed(same) or (_NO_ITEM if len(same) > 1 else first["msg"])
     return InvalidRequest(f"{param}: {reason}", param=param)
 

@@ -67,6 +67,8 @@ def _document(app: FastAPI, asks_keys: bool) -> dict[str, Any]:
         known.update(schema.pop("$defs", {}))
         known[kind.__name__] = schema
     for path, content in _BODIES.items():
+        if path not in paths:  # /v1/search, where there is no collection
+            continue
         paths[path]["post"]["requestBody"] = {"required": True, "content": content}
         paths[path]["post"].setdefault("parameters", []).append(_DEADLINE)
     _without_the_frameworks_errors(document)

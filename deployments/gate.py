@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-import uuid
 from collections.abc import Callable, Sequence
 
 from fastapi import FastAPI
@@ -29,14 +28,13 @@ from clipfleet.errors import (
 from clipfleet.keys import KeyRing
 from deployments import web
 from deployments.bodies import invalid
+from deployments.haproxy_wrapper import HEALTH_PATHS
 from deployments.metrics import RequestMetrics
 from deployments.responses import FINGERPRINT_HEADER, error_response
 
 REQUEST_ID_HEADER = "X-Request-Id"
 DEADLINE_HEADER = "X-Deadline-Ms"
 KEY_NAME = "clipfleet.key"  # in the scope: the name of the request's API key
-# Those of Weaviate and infinity among them, which ask without a key.
-_HEALTH_PATHS = ("/healthz", "/readyz", "/health", "/.well-known/live", "/.well-known/ready")
 _LOOK_EVERY_S = 1.0
 # HAProxy lets headers through that fill its buffer. What reads them takes seconds for megabytes, and stops all others.
 _HEADER_BYTES = 64 * 2**10
@@ -78,7 +76,6 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = name
                 if fingerprint := self._fingerprint():
                     MutableHeaders(scope=message).setdefault(FINGERPRINT_HEADER, fingerprint)
             await send(message)
@@ -92,7 +89,8 @@ class Gate:
             finally:
                 route = getattr(scope.get("route"), "path", "none")  # of the framework, for what it knows
                 took = time.perf_counter() - began
-                self.metrics.answered(route, status, took)
+                if not _is_health(scope):
+                    self.metrics.answered(route, status, took)
                 if status >= 500 and not _is_health(scope):
                     logger.warning("{} {} was answered {} after {:.2f} s", scope["method"], route, status, took)
 
@@ -151,17 +149,17 @@ def _path(scope: Scope) -> str:
 
 
 def _is_health(scope: Scope) -> bool:
-    return _path(scope) in _HEALTH_PATHS
+    return _path(scope) in HEALTH_PATHS
 
 
 def _is_open(scope: Scope) -> bool:
-    return _path(scope) in (*_HEALTH_PATHS, *web.PATHS)
+    return _path(scope) in (*HEALTH_PATHS, *web.PATHS)
 
 
 def _request_id(scope: Scope) -> str:
-    """The request's own name, where it has one that a log can take, otherwise a new one."""
+    """The request's name in the log. Serve gives one to those that have none, and puts it into the answer."""
     given = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
-    return given if re.fullmatch(r"[\w.:/+=@-]{1,128}", given, re.ASCII) else uuid.uuid4().hex
+    return given if re.fullmatch(r"[!-~]{1,128}", given) else "unnamed"
 
 
 def _check_headers(scope: Scope) -> None:

@@ -55,8 +55,10 @@ DROPPED_HEADERS = (
 # What the replicas' HTTP parser takes for no HTTP, and would word in plain text: other methods, and addresses over 64 KiB.
 METHODS = "GET HEAD POST PUT PATCH DELETE OPTIONS TRACE CONNECT QUERY"
 LONGEST_URL = 60_000
+LONGEST_NAME = 128  # of a request; a longer one gets another
 
-HEALTH_PATHS = ("/healthz", "/readyz")
+# Open to all, and never refused for load. Those of infinity and Weaviate are among them.
+HEALTH_PATHS = ("/healthz", "/readyz", "/health", "/.well-known/live", "/.well-known/ready")
 
 # Serve's list of applications and their prefixes, and the prefix of an application that has been replaced (upgrade.py), which
 # still has the old keys. Decoded, as the replicas read them.
@@ -111,6 +113,7 @@ def public_bind(host: str, port: str, certificate: str = "") -> str:
 def _frontend(host: str, port: str, folder: Path, certificate: str) -> str:
     rules = [f"    http-request del-header {name}" for name in DROPPED_HEADERS]
     rules.append("    http-request del-header X-Request-Id if { req.hdr(X-Request-Id) -m reg [^\\\\x21-\\\\x7e] }")
+    rules.append(f"    http-request del-header X-Request-Id if {{ req.hdr(X-Request-Id),length gt {LONGEST_NAME} }}")
     rules.append(f"    http-request return status 404 errorfile {folder / '404.http'} if {{ {HIDDEN_PATHS} }}")
     malformed = f"    http-request return status 400 errorfile {folder / '400.http'} if"
     rules += [f"{malformed} !{{ method {METHODS} }}", f"{malformed} {{ url_len gt {LONGEST_URL} }}"]

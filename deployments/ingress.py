@@ -23,7 +23,7 @@ from deployments.docs_page import add_schemas, render
 from deployments.encoder import EncodedText
 from deployments.gate import REQUEST_ID_HEADER, Gate, add_error_handlers, with_cors
 from deployments.inputs import Input, check_counts, read_items
-from deployments.own_config import check_own_scaling
+from deployments.own_config import check_own_replicas, check_own_scaling
 from deployments.pipeline import Outcome
 from deployments.requests import Asked, Requests
 from deployments.responses import (
@@ -52,12 +52,14 @@ class Ingress:
         text_encoder: DeploymentHandle,
     ) -> None:
         check_own_scaling()
+        check_own_replicas(settings)
         logs.set_up(settings.log_format)
         memory.return_large_blocks()
         prefixes.accept_any()
         self._settings = settings
         self._handles = {"ImageDecoder": decoder, "ImageEncoder": image_encoder, "TextEncoder": text_encoder}
         self._gate: Gate | None = None
+        self._searcher: Searcher | None = None
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         requests = Requests(self._settings, self._handles)
@@ -65,8 +67,8 @@ class Ingress:
         keys = KeyRing(self._settings.api_keys, self._settings.api_keys_file)
         app = FastAPI(title="clipfleet", docs_url=None, redoc_url=None, redirect_slashes=False)
         add_error_handlers(app)
-        searcher = Searcher(self._settings.search) if self._settings.search else None
-        routes = Routes(requests, SearchRoute(requests, searcher))
+        self._searcher = Searcher(self._settings.search) if self._settings.search else None
+        routes = Routes(requests, SearchRoute(requests, self._searcher))
         routes.add(app, asks_keys=keys.asks)
         infinity.add_routes(app, requests, routes.embed_json)
         weaviate.add_routes(app, requests)
@@ -84,6 +86,8 @@ class Ingress:
 
     async def quiet_seconds(self) -> float:
         """Seconds since the last request."""
+        if self._searcher is not None:
+            self._searcher.close()  # who asks has put another ingress in its place, which wants the folder
         return self._gate.quiet_seconds() if self._gate is not None else 0.0
 
 
@@ -143,7 +147,7 @@ class Routes:
             read = read_items(items, wanted.modality, requests.limits, "input", urls=requests.urls)
             options = schemas.Options.model_validate(wanted.model_dump(include=set(schemas.Options.model_fields)))
             del wanted, items  # the images once more, as base64
-            outcomes = await requests.embed(asked, read, model)
+            model, outcomes = await requests.embed(asked, read)
         return _failed(outcomes, options, "input") or _embeddings(outcomes, options, model)
 
     async def image_embeddings(
@@ -161,11 +165,11 @@ class Routes:
             options = schemas.Options(model=model, encoding_format=encoding_format, dtype=dtype, on_error=on_error)
             if dtype == "float16" and encoding_format == "float" and not npy:
                 raise InvalidRequest("dtype float16 needs encoding_format base64 or .npy", param="dtype")
-            served = requests.check_model(model)
+            requests.check_model(model)
             requests.admission.check_items(1, 0, asked.seconds_left, asked.key)  # before the body is read
             images = await self._read_images(asked)
             check_counts(len(images), 0, requests.limits, "files")
-            outcomes = await requests.embed(asked, list[Input](images), served)
+            served, outcomes = await requests.embed(asked, list[Input](images))
         failed = _failed(outcomes, options, "files")
         return failed or (npy_response if npy else _embeddings)(outcomes, options, served)
 
@@ -183,13 +187,13 @@ class Routes:
         requests = self._requests
         with requests.asked(request) as asked:
             wanted = await requests.read_json(asked, schemas.RankRequest)
-            model = requests.check_model(wanted.model)
+            requests.check_model(wanted.model)
             read = [
                 *read_items([wanted.query], "text", requests.limits, "query", urls=requests.urls),
                 *read_items(wanted.candidates, "text", requests.limits, "candidates", urls=requests.urls),
             ]
             del wanted
-            outcomes = await requests.embed(asked, read, model)
+            model, outcomes = await requests.embed(asked, read)
         for number, outcome in enumerate(outcomes):
             if isinstance(outcome, ClipfleetError):
                 return error_response(outcome, "query" if number == 0 else f"candidates[{number - 1}]")

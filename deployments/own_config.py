@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ray import serve
 
-from clipfleet.settings import BatchSettings, check_batching, check_scaling, parse
+from clipfleet.settings import BatchSettings, ServiceSettings, check_batching, check_one_ingress, check_scaling, parse
 
 
 def check_own_scaling() -> tuple[str, int, float | None]:
@@ -15,6 +15,13 @@ def check_own_scaling() -> tuple[str, int, float | None]:
     target = autoscaling.get_target_ongoing_requests() if autoscaling else None
     check_scaling(context.deployment, config.max_ongoing_requests, target)
     return context.deployment, config.max_ongoing_requests, target
+
+
+def check_own_replicas(settings: ServiceSettings) -> None:
+    """Refuse several ingress replicas where one alone can open what is searched."""
+    config = serve.get_replica_context()._deployment_config
+    most = config.autoscaling_config.max_replicas if config.autoscaling_config else config.num_replicas
+    check_one_ingress(settings, most or 1)
 
 
 def own_batching() -> BatchSettings:

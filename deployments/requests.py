@@ -140,16 +140,17 @@ class Requests:
             raise ModelNotFound(f"model {wanted[:200]!r} is not served here; served is {model['id']!r}", param="model")
         return model
 
-    async def embed(self, asked: Asked, items: Sequence[Input | ImageUrl], model: dict[str, Any]) -> list[Outcome]:
-        """One outcome an item, in order: fetched, remembered or computed by encoders of that model."""
+    async def embed(self, asked: Asked, items: Sequence[Input | ImageUrl]) -> tuple[dict[str, Any], list[Outcome]]:
+        """The model of now, and one outcome an item by it, in order: fetched, remembered or computed."""
         inputs = await self._fetched(asked, items)
+        model = self.check_model()  # it may have changed while the request arrived
         fingerprint = model["fingerprint"]
         known = self._cache.find(inputs, fingerprint)
         missing = [item for number, item in enumerate(inputs) if number not in known]
         computed = await self._compute(asked, missing, fingerprint) if missing else []
         self._cache.keep(missing, computed, fingerprint)
         rest = iter(computed)
-        return [known[number] if number in known else next(rest) for number in range(len(inputs))]
+        return model, [known[number] if number in known else next(rest) for number in range(len(inputs))]
 
     async def _fetched(self, asked: Asked, items: Sequence[Input | ImageUrl]) -> list[Input]:
         """The items with each address replaced by its image, or by what was wrong with it."""

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+from loguru import logger
 from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
@@ -16,6 +17,7 @@ from starlette.responses import Response
 from clipfleet.errors import (
     ClipfleetError,
     DeadlineExceeded,
+    FingerprintMismatch,
     InvalidRequest,
     RouteNotFound,
     SetupError,
@@ -36,6 +38,8 @@ T = TypeVar("T")
 _CHECKED_S = 10.0  # how long a collection's fingerprint is taken to be what it was
 _PATIENCE_S = 5.0  # another process may still have the folder: the service before an upgrade, or a job
 _THREADS = 8  # searches of a server at once; a folder's take turns
+_TIMEOUT_S = 5  # of a server
+_FILTER_LEVELS = 12
 _LEAST = 1e-6  # the length of a sum of unit vectors that cancel out
 
 
@@ -43,35 +47,87 @@ class Searcher:
     """The collection as one ingress replica sees it, opened at the first search: a Qdrant that is away stops no start."""
 
     def __init__(self, settings: SearchSettings) -> None:
+        from qdrant_client import models  # now: it takes a second or two
+
+        self._filter = models.Filter
         self._collection = Collection(settings.qdrant, settings.collection, settings.qdrant_api_key)
         self.templates = settings.templates
-        threads = 1 if self._collection.is_folder else _THREADS
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="search")
-        self._opening = asyncio.Lock()
+        self._threads = 1 if self._collection.is_folder else _THREADS
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="search")
+        # Values and letters of a filter. In local mode Python compares each of them with each point.
+        self._most = (64, 1000) if self._collection.is_folder else (1024, 20_000)
         self._points: Points | None = None
-        self._checked: tuple[str, float] = ("", 0.0)  # the fingerprint that fitted, and time.monotonic() of that
+        self._fits: str | None = None  # the fingerprint that the collection had
+        self._looked = 0.0  # time.monotonic() of the last look at that
+        self._looking: asyncio.Task[Points] | None = None
 
     async def ask(self, question: Callable[[Points], T], fingerprint: str, dimension: int, seconds: float) -> T:
-        """What the collection answers. Raises Unavailable, DeadlineExceeded, or FingerprintMismatch if it has other vectors."""
+        """What the collection answers. Raises Unavailable or DeadlineExceeded."""
         try:
             async with asyncio.timeout(seconds):
                 points = await self._opened(fingerprint, dimension)
                 return await self._run(lambda: question(points))
         except TimeoutError:
             raise DeadlineExceeded("the deadline passed before Qdrant had answered") from None
-        except SetupError as error:  # a collection that does not fit: whoever runs the service can mend it
-            raise Unavailable(error.message, retry_after=30) from error
+        except FingerprintMismatch as error:
+            raise Unavailable(
+                f"the collection holds vectors of another checkpoint (fingerprint {error.data['found']}) than the served one "
+                f"({fingerprint})",
+                retry_after=30,
+            ) from error
+        except (
+            SetupError,
+            Unavailable,
+        ) as error:  # where Qdrant is, and how it failed, is for whoever runs the service
+            logger.error("search failed: {}", error.message)
+            raise Unavailable(
+                "the collection cannot be searched now; the service's log says why", retry_after=2
+            ) from error
+
+    def filter(self, content: dict[str, Any] | None) -> models.Filter | None:
+        """Qdrant's filter of its JSON. Raises InvalidRequest."""
+        if content is None:
+            return None
+        _check_size(content, *self._most)
+        try:
+            return self._filter.model_validate(content)
+        except ValidationError as error:
+            place = ".".join(str(part) for part in error.errors(include_input=False, include_url=False)[0]["loc"])
+            raise InvalidRequest(f"filter is none of Qdrant's: {place[:100]}", param="filter") from None
+
+    def close(self) -> None:
+        """Let go of a folder, which another process may want."""
+        if self._points is not None and self._collection.is_folder:
+            self._pool.submit(self._points.close)
+            self._points = self._fits = None
 
     async def _opened(self, fingerprint: str, dimension: int) -> Points:
-        async with self._opening:
-            if self._points is None:
-                self._points = await self._run(lambda: Points(self._collection, patience_s=_PATIENCE_S, tries=1))
-            found, at = self._checked
-            if found != fingerprint or time.monotonic() - at > _CHECKED_S:
-                points = self._points
-                await self._run(lambda: points.check(fingerprint, dimension))
-                self._checked = (fingerprint, time.monotonic())
-        return self._points
+        """The open collection, which is looked at again from time to time. One look is for all who wait for it, and goes on
+        when they have gone."""
+        due = self._points is None or self._fits != fingerprint or time.monotonic() - self._looked > _CHECKED_S
+        if due and (self._looking is None or self._looking.done()):
+            self._looking = asyncio.create_task(self._look(fingerprint, dimension))
+            self._looking.add_done_callback(
+                lambda task: task.cancelled() or task.exception()
+            )  # nobody may be left to ask
+        if self._points is not None and self._fits == fingerprint:
+            return self._points  # meanwhile
+        assert self._looking is not None
+        points = await asyncio.shield(self._looking)
+        return points if self._fits == fingerprint else await self._opened(fingerprint, dimension)
+
+    async def _look(self, fingerprint: str, dimension: int) -> Points:
+        try:
+            points = self._points or await self._run(
+                lambda: Points(self._collection, patience_s=_PATIENCE_S, tries=1, timeout_s=_TIMEOUT_S)
+            )
+            self._points = points
+            await self._run(lambda: points.check(fingerprint, dimension))
+        except BaseException:
+            self._fits = None
+            raise
+        self._fits, self._looked = fingerprint, time.monotonic()
+        return points
 
     async def _run(self, what: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, what)
@@ -96,40 +152,42 @@ class SearchRoute:
             raise RouteNotFound("this service searches no collection; set args.search, or start it with --index")
         with requests.asked(request) as asked:
             wanted = await requests.read_json(asked, SearchRequest)
-            model = requests.check_model(wanted.model)
-            where = _filter(wanted.filter)
-            parts = _parts(wanted.query)
-            inputs = self._inputs(parts, searcher.templates)
-            outcomes = iter(await requests.embed(asked, [item for row in inputs for item in row], model))
-            grouped = [[next(outcomes) for _ in row] for row in inputs]
-            for number, row in enumerate(grouped):
-                for outcome in row:
-                    if isinstance(outcome, ClipfleetError):
-                        return error_response(outcome, _place(wanted.query, number))
+            requests.check_model(wanted.model)
+            where = searcher.filter(wanted.filter)
+            places, weights, rows = _weighed(wanted.query)
+            inputs = self._inputs(_parts(wanted.query), searcher.templates)
             limit, offset, thumbnails = wanted.limit, wanted.offset, wanted.thumbnails
+            del wanted  # the images once more, as base64
+            model, found = await requests.embed(asked, [item for part in inputs for item in part])
+            outcomes = iter(found)
+            embedded = [[next(outcomes) for _ in part] for part in inputs]
+            for place, part in zip(places, embedded, strict=True):
+                for outcome in part:
+                    if isinstance(outcome, ClipfleetError):
+                        return error_response(outcome, place)
 
             async def ask(question: Callable[[Points], T]) -> T:
                 return await searcher.ask(question, model["fingerprint"], model["dimension"], asked.seconds_left)
 
             query = np.zeros(model["dimension"], np.float32)
-            for number, (part, row) in enumerate(zip(parts, grouped, strict=True)):
-                name = part.id or ""  # one of the three is there
-                found = (
-                    _mean([vector(outcome) for outcome in row]) if row else await ask(lambda p, n=name: p.vector_of(n))
-                )
-                if found is None:
-                    raise InvalidRequest("there is no such row in the collection", param=_place(wanted.query, number))
-                query += part.weight * _unit(found)
+            for place, weight, row, part in zip(places, weights, rows, embedded, strict=True):
+                if row is None:
+                    own = np.mean([vector(outcome) for outcome in part], axis=0)
+                else:
+                    own = await ask(lambda points, row=row: points.vector_of(row))
+                if own is None:
+                    raise InvalidRequest("there is no such row in the collection", param=place)
+                query += weight * _unit(own)
             if np.linalg.norm(query) < _LEAST:
                 raise InvalidRequest(
                     "the items and their weights cancel out: nothing is left to search for", param="query"
                 )
-            query = _unit(query)
-            found = await ask(
-                lambda points: points.search(query, limit=limit, offset=offset, where=where, thumbnails=thumbnails)
+            unit = _unit(query)
+            hits = await ask(
+                lambda points: points.search(unit, limit=limit, offset=offset, where=where, thumbnails=thumbnails)
             )
         results = [
-            {"id": each.payload.get("id", each.point), "score": each.score, "payload": each.payload} for each in found
+            {"id": str(hit.payload.get("id", hit.point)), "score": hit.score, "payload": hit.payload} for hit in hits
         ]
         return json_response(
             {"object": "list", "model": model["id"], "fingerprint": model["fingerprint"], "results": results}
@@ -138,18 +196,24 @@ class SearchRoute:
     def _inputs(self, parts: Sequence[WeightedItem], templates: Sequence[str]) -> list[list[Input | ImageUrl]]:
         """What has to be embedded for each part: its image, or its text in each template; nothing for a row."""
         limits, urls = self._requests.limits, self._requests.urls
-        inputs: list[list[Input | ImageUrl]] = []
-        for part in parts:
-            if part.image is not None:
-                inputs.append(read_items([ImageItem(image=part.image)], "text", limits, "query", urls=urls))
-            elif part.text:
-                texts = [TextItem(text=template.replace("{}", part.text)) for template in templates]
-                inputs.append(read_items(texts, "text", limits, "query", urls=urls))
-            elif part.text is not None:
-                raise InvalidRequest("query: the text is empty", param="query")
-            else:
-                inputs.append([])
-        return inputs
+        items = [
+            [ImageItem(image=part.image)]
+            if part.image is not None
+            else [TextItem(text=template.replace("{}", part.text) if part.text else "") for template in templates]
+            if part.text is not None
+            else []
+            for part in parts
+        ]
+        flat = [item for part in items for item in part]
+        read = iter(read_items(flat, "text", limits, "query", urls=urls) if flat else [])
+        return [[next(read) for _ in part] for part in items]
+
+
+def _weighed(query: str | WeightedItem | list[WeightedItem]) -> tuple[list[str], list[float], list[str | None]]:
+    """Of each part: its name in errors, its weight, and the row that it names, if it does."""
+    parts = _parts(query)
+    places = [f"query[{number}]" if isinstance(query, list) else "query" for number in range(len(parts))]
+    return places, [part.weight for part in parts], [part.id for part in parts]
 
 
 def _parts(query: str | WeightedItem | list[WeightedItem]) -> list[WeightedItem]:
@@ -158,27 +222,32 @@ def _parts(query: str | WeightedItem | list[WeightedItem]) -> list[WeightedItem]
     return query if isinstance(query, list) else [query]
 
 
-def _place(query: object, number: int) -> str:
-    return f"query[{number}]" if isinstance(query, list) else "query"
-
-
-def _mean(vectors: Sequence[np.ndarray]) -> np.ndarray:
-    return np.mean(vectors, axis=0)
-
-
 def _unit(vector: np.ndarray) -> np.ndarray:
     return vector / max(float(np.linalg.norm(vector)), _LEAST)
 
 
-def _filter(content: dict[str, Any] | None) -> models.Filter | None:
-    """Qdrant's filter of its JSON. Raises InvalidRequest."""
-    if content is None:
-        return None
-    from qdrant_client import models
-
-    try:
-        return models.Filter.model_validate(content)
-    except (ValidationError, RecursionError) as error:
-        problems = error.errors(include_input=False, include_url=False) if isinstance(error, ValidationError) else []
-        place = ".".join(str(part) for part in problems[0]["loc"]) if problems else "nested too deeply"
-        raise InvalidRequest(f"filter is none of Qdrant's: {place[:100]}", param="filter") from None
+def _check_size(content: Any, most_values: int, most_letters: int) -> None:
+    """Refuse a filter whose check, which is one for every level and every kind of condition, or whose use would take long."""
+    values = letters = 0
+    level: list[Any] = [content]
+    for _ in range(_FILTER_LEVELS):
+        inner: list[Any] = []
+        for one in level:
+            if isinstance(one, dict):
+                letters += sum(map(len, one))
+                inner += one.values()
+            elif isinstance(one, list):
+                inner += one
+            elif isinstance(one, str):
+                letters += len(one)
+        values += len(inner)
+        if values > most_values or letters > most_letters:
+            break
+        if not inner:
+            return
+        level = inner
+    raise InvalidRequest(
+        f"the filter is too large: it may have {most_values:,} values and {most_letters:,} characters, and be "
+        f"{_FILTER_LEVELS} levels deep",
+        param="filter",
+    )

@@ -99,6 +99,8 @@ def _prepared(
         )
     if not os.environ.get("RAY_ADDRESS"):  # a remote cluster finds checkpoints for itself
         arguments.update(_pinned(settings))
+        if settings.search is not None:
+            arguments["search"] = {**arguments["search"], "qdrant": settings.search.qdrant}  # absolute
     return config
 
 
@@ -179,7 +181,7 @@ def _pinned(settings: ServiceSettings) -> dict[str, Any]:
     """Find the checkpoint once, before Ray starts: a mistake shows at once, and all replicas load the same revision."""
     checkpoint = find_checkpoint(settings.model)
     name = settings.served_model_name or checkpoint.served_name
-    pinned = {"served_model_name": name}
+    pinned: dict[str, Any] = {"served_model_name": name}
     if settings.api_keys_file:
         pinned["api_keys_file"] = settings.api_keys_file  # absolute: replicas may run elsewhere
     if settings.model in EMBEDDED:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 
 from ray import serve
 from starlette.responses import Response
@@ -44,8 +45,9 @@ class StatsRoute:
     async def _counted(self) -> dict[str, int]:
         async with self._asking:
             if time.monotonic() - self._asked > _FRESH_S:
-                self._replicas = await asyncio.to_thread(_running_replicas)
                 self._asked = time.monotonic()
+                with suppress(TimeoutError):  # the controller is away; its thread ends when it is back
+                    self._replicas = await asyncio.wait_for(asyncio.to_thread(_running_replicas), _FRESH_S)
         return self._replicas
 
 

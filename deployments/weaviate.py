@@ -33,14 +33,14 @@ def add_routes(app: FastAPI, requests: Requests) -> None:
             with requests.asked(request) as asked:
                 wanted = await requests.read_json(asked, VectorizeRequest)
                 texts, images = wanted.texts or [], wanted.images or []
-                model = requests.check_model()
+                requests.check_model()  # while there is none, nothing of the images is decoded
                 read = [
                     *(read_items(texts, "text", requests.limits, "texts", urls=requests.urls) if texts else []),
                     *(read_items(images, "image", requests.limits, "images", urls=requests.urls) if images else []),
                 ]
                 count = len(texts)
                 del wanted, texts, images
-                outcomes = await requests.embed(asked, read, model)
+                _, outcomes = await requests.embed(asked, read)
         except ClipfleetError as error:
             return _refusal(error, error.message)
         for number, outcome in enumerate(outcomes):

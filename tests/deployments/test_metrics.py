@@ -49,7 +49,7 @@ def test_every_metric_is_exported_under_its_name(service: Service, http: httpx.C
     http.get("/no/such/route")
     until(lambda: OURS.items() <= exported(service).items(), 30, "all metrics")
     until(
-        lambda: service.total("ray_clipfleet_requests_total", path="/v1/embeddings/images", status="422") == before + 1,
+        lambda: service.total("ray_clipfleet_requests_total", path="/v1/embeddings/images", status="422") > before,
         30,
         "the refused request",
     )
@@ -94,10 +94,12 @@ def test_the_page_of_metrics_lists_them() -> None:
 
 
 def test_a_request_has_a_name_in_its_answer(http: httpx.Client) -> None:
-    assert http.get("/healthz", headers={"X-Request-Id": "shop-42/a"}).headers["X-Request-Id"] == "shop-42/a"
-    made = [http.get("/healthz").headers["X-Request-Id"] for _ in range(2)]
-    assert made[0] != made[1] and all(re.fullmatch("[0-9a-f]{32}", name) for name in made)
-    for odd in ("a b", "ä".encode().decode("latin-1"), "x" * 129, '"'):
-        assert http.get("/healthz", headers={"X-Request-Id": odd.encode("latin-1")}).headers["X-Request-Id"] != odd
-    refused = http.post("/v1/embeddings", json={"input": []}, headers={"X-Request-Id": "mine"})
-    assert refused.status_code == 400 and refused.headers["X-Request-Id"] == "mine"
+    """Its own, or one that Serve gives it; once."""
+
+    def names(**headers: str) -> list[str]:
+        return http.post("/v1/embeddings", json={"input": []}, headers=headers).headers.get_list("X-Request-Id")
+
+    assert names(**{"X-Request-Id": "shop-42/a"}) == ["shop-42/a"]
+    made = [*names(), *names()]
+    assert len(set(made)) == 2 and all(re.fullmatch("[0-9a-f-]{32,36}", name) for name in made)
+    assert names(**{"X-Request-Id": "x" * 129}) != ["x" * 129]

@@ -106,6 +106,7 @@ def test_thumbnails_when_asked_for(http: httpx.Client) -> None:
         ({"query": [{"text": "a"}, {"id": "absent"}]}, 400, "invalid_request", "query[1]"),
         ({"query": [{"text": "a"}, {"text": "a", "weight": -1}]}, 400, "invalid_request", "query"),
         ({"query": [{"text": "a"}] * 17}, 400, "invalid_request", "query"),
+        ({"query": [{"text": "a", "weight": 500}]}, 400, "invalid_request", "query[0]"),
         ({"query": "a", "limit": 0}, 400, "invalid_request", "limit"),
         ({"query": "a", "limit": 1001}, 400, "invalid_request", "limit"),
         ({"query": "a", "offset": -1}, 400, "invalid_request", "offset"),
@@ -122,12 +123,45 @@ def test_what_is_refused(http: httpx.Client, body: dict[str, Any], status: int, 
     assert answer.json()["error"]["param"] == param
 
 
-def test_filters_without_end(http: httpx.Client) -> None:
-    nested: dict[str, Any] = {"must": [{"key": "width", "match": {"value": 1}}]}
-    for _ in range(400):
-        nested = {"must": [nested]}
-    assert http.post("/v1/search", json={"query": "a", "filter": nested}).status_code in (200, 400)
-    assert len(search(http, "a ring")) == 10
+def nested(levels: int, leaf: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {"must": [leaf]}
+    for _ in range(levels):
+        found = {"must": [found]}
+    return found
+
+
+CONDITION = {"key": "width", "match": {"value": 33}}
+
+
+@pytest.mark.parametrize(
+    "filter",
+    [
+        nested(400, CONDITION),
+        nested(200, CONDITION),
+        nested(100, 1),
+        {"must": [CONDITION] * 2000},
+        {"must": [1] * 100_000},
+        {"must": [{"key": "uri", "match": {"text_any": "word " * 20_000}}]},
+        {"must": [{"key": "uri", "match": {"any": ["a" * 100_000]}}]},
+        {"must": [{"key": "a[", "match": {"value": 1}}]},
+        {"must": [{"key": "", "match": {"value": 1}}]},
+        {"min_should": {"conditions": [CONDITION], "min_count": -1}},
+        {"must": [{"key": "w" * 2000, "match": {"value": 1}}]},
+    ],
+    ids=lambda filter: str(filter)[:40],
+)
+def test_hostile_filters_are_refused(http: httpx.Client, filter: dict[str, Any]) -> None:
+    answer = http.post("/v1/search", json={"query": "a ring", "filter": filter})
+    assert answer.status_code in (400, 413), answer.text
+    assert answer.json()["error"]["code"] in ("invalid_request", "too_many_items")
+
+
+def test_a_filter_of_some_levels(http: httpx.Client) -> None:
+    assert [result["id"] for result in search(http, "a ring", filter=nested(2, CONDITION))] == ["03.png"]
+
+
+def test_the_limits_of_items_hold_for_all_parts_together(http: httpx.Client, files: list[bytes]) -> None:
+    assert len(search(http, [image(file) for file in files[:8]] * 2)) == 10  # 16 parts
 
 
 def test_a_service_without_a_collection_says_so(service: Service) -> None:
