@@ -17,7 +17,7 @@ from clipfleet.errors import ClipfleetError, InvalidRequest, UnsupportedDimensio
 from clipfleet.keys import KeyRing
 from clipfleet.settings import ServiceSettings
 from clipfleet.vectors import DType, rank
-from deployments import infinity, logs, memory, prefixes, schemas, weaviate, web
+from deployments import infinity, logs, memory, one_piece, prefixes, schemas, weaviate, web
 from deployments.answers import ITEMS, KEYED, OPEN, answers
 from deployments.docs_page import add_schemas, render
 from deployments.encoder import EncodedText
@@ -56,6 +56,7 @@ class Ingress:
         logs.set_up(settings.log_format)
         memory.return_large_blocks()
         prefixes.accept_any()
+        one_piece.hold_heads()
         self._settings = settings
         self._handles = {"ImageDecoder": decoder, "ImageEncoder": image_encoder, "TextEncoder": text_encoder}
         self._gate: Gate | None = None

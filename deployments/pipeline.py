@@ -1,6 +1,6 @@
 """From inputs to vectors: one request's items spread over the decoders and encoders, with retries.
 
-Embedding is idempotent, so a call whose replica dies is made once more, to another one.
+Embedding is idempotent, so a call whose replica dies is made again, to another one.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ T = TypeVar("T")
 _IMAGES_A_CALL = 8
 _TEXTS_A_CALL = 64
 _BYTES_A_CALL = 16 * 1024 * 1024
+_PAUSES_S = (0.1, 0.5)
 # gRPC's words for "this call cannot work", which a second try would only repeat.
 _FINAL_STATUSES = (StatusCode.RESOURCE_EXHAUSTED, StatusCode.INVALID_ARGUMENT, StatusCode.UNIMPLEMENTED)
 
@@ -121,10 +122,13 @@ def _spread(images: dict[int, int]) -> list[list[int]]:
 
 
 async def _again(call: Callable[[], Awaitable[Any]]) -> Any:
-    try:
-        return await _call(call())
-    except ReplicaLost as lost:
-        logger.warning("trying again after: {}", lost)
+    """Make a call of what no replica dies of, up to three times. In between the router has time to learn which one is gone."""
+    for pause in _PAUSES_S:
+        try:
+            return await _call(call())
+        except ReplicaLost as lost:
+            logger.warning("trying again after: {}", lost)
+            await asyncio.sleep(pause)
     try:
         return await _call(call())
     except ReplicaLost as lost:
