@@ -32,7 +32,6 @@ def test_it_loads_nothing_from_elsewhere_and_has_no_code_of_its_own() -> None:
         "page/page.js",
         "data:,",
         "docs",
-        "",
     }
     assert not re.search(r"<script(?![^>]* src=)|<style| on\w+=| style=", content)
     assert not re.search(

@@ -100,7 +100,7 @@ def test_thumbnails_when_asked_for(http: httpx.Client) -> None:
     [
         ({}, 400, "invalid_request", "query"),
         ({"query": []}, 400, "invalid_request", "query"),
-        ({"query": ""}, 400, "invalid_request", "query"),
+        ({"query": ""}, 400, "empty_input", "query"),
         ({"query": {"text": "a", "id": "b"}}, 400, "invalid_request", "query"),
         ({"query": {"id": "absent"}}, 400, "invalid_request", "query"),
         ({"query": [{"text": "a"}, {"id": "absent"}]}, 400, "invalid_request", "query[1]"),

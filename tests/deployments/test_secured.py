@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import httpx2
 import numpy as np
 import openai
 import pytest
@@ -54,6 +55,7 @@ def keyed(keys_file: Path, keys: dict[str, str]) -> Iterator[Service]:
     ingress["num_replicas"] = 2
     decoder.clear()
     decoder.update(autoscale["applications"][0]["deployments"][1])
+    decoder["autoscaling_config"]["target_ongoing_requests"] = 2  # eight clients are enough for a second one
     for encoder in encoders:
         encoder["max_replicas_per_node"] = 1
     file = keys_file.with_name("keyed.yaml")
@@ -119,10 +121,14 @@ def test_who_is_let_in(keyed: Service, keys: dict[str, str], keys_file: Path) ->
     assert [status(None, path) for path in ("/docs", "/openapi.json", "/models", "/meta", "/v1/stats")] == [401] * 5
     assert [status(None, path) for path in ("/", "/page/page.js", "/page/", "/page/page.js/")] == [200, 200, 401, 401]
     with (
-        openai.OpenAI(base_url=f"{keyed.url}/v1", api_key="nobody's") as client,
+        httpx2.Client(verify=trusted(), trust_env=False) as https,
+        openai.OpenAI(base_url=f"{keyed.url}/v1", api_key="nobody's", http_client=https) as client,
         pytest.raises(openai.AuthenticationError),
     ):
         client.embeddings.create(input="a", model="tiny")
+    assert f"https://0.0.0.0:{keyed.port}" in keyed.command.out
+    with pytest.raises(httpx.HTTPError):
+        httpx.get(f"http://127.0.0.1:{keyed.port}/healthz", trust_env=False, timeout=10).raise_for_status()
     revoke_key(keys_file, "old")
     until(lambda: [status(keys["old"]) for _ in range(8)] == [401] * 8, 30, "a refusal of the revoked key")
     assert status(keys["shop"]) == 200

@@ -131,7 +131,7 @@ class TestCollection:
         monkeypatch.setattr("clipfleet.qdrant._LOCKED_S", 0.0)
         with (
             Collection(str(tmp_path), "pictures").opened(),
-            pytest.raises(Unavailable, match="already accessed"),
+            pytest.raises(Unavailable, match="another process has opened"),
             Collection(str(tmp_path), "pictures").opened(),
         ):
             pass
