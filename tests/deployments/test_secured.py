@@ -24,7 +24,7 @@ from PIL import Image
 from clipfleet.keys import add_key, revoke_key
 from faults.nodes import second_node
 from tests.deployments.processes import Process, alive, below, until
-from tests.deployments.service import CERTIFICATE, ROOT, Service, serving
+from tests.deployments.service import CERTIFICATE, ROOT, Service, serving, trusted
 from tests.library import Library
 from tests.pictures import encode, picture
 
