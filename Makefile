@@ -77,7 +77,7 @@ test: setup browser
 
 # The page is tested in Chromium. Where there is none and nobody may install it, those tests are skipped, which pytest says.
 browser:
-	@if ! command -v chromium >/dev/null 2>&1 && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then \
+	@if ! command -v chromium >/dev/null 2>&1 && ! command -v chromium-browser >/dev/null 2>&1 && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then \
 		echo 'installing Chromium, in which the page is tested'; \
 		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium; } \
 			>/dev/null 2>&1 || echo 'Chromium could not be installed: its tests are skipped'; \

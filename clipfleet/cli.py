@@ -223,6 +223,11 @@ def index(
     id_column: Annotated[str | None, typer.Option(help="The manifest's column of ids; default: the path.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     precision: Annotated[str, typer.Option(help="float32, float16, bfloat16, or int8 on CPUs.")] = "float32",
+    engine: Annotated[str, typer.Option(help="auto, torch or openvino (CPUs; auto takes it if installed).")] = "auto",
+    reduced_jpeg: Annotated[
+        bool, typer.Option("--reduced-jpeg", help="Decode large JPEGs at a fraction of their size: faster, less exact.")
+    ] = False,
+    actors: Annotated[int | None, typer.Option(min=1, help="Encoders; default: one a GPU, or by CPUs.")] = None,
     address: Annotated[str | None, typer.Option(envvar="RAY_ADDRESS", help="A running Ray; default: its own.")] = None,
     as_json: _AsJson = False,
 ) -> None:
@@ -248,6 +253,9 @@ def index(
                 thumbnails=thumbnails,
                 device=device,
                 precision=precision,
+                engine=engine,
+                reduced_jpeg=reduced_jpeg,
+                actors=actors,
                 address=address,
             )
         )
@@ -268,8 +276,12 @@ def duplicates(
 ) -> None:
     """Find groups of images that are nearly the same, by comparing each vector of DEST with each other one."""
     with _reported("serve"):
-        from jobs.duplicates import as_table, find, write_page, write_table
+        from jobs.duplicates import as_table, check_out, find, write_page, write_table
 
+        if out is not None:
+            check_out(out)
+        if page is not None:
+            check_out(page, ())
         groups = find(dest, threshold)
         if out is not None:
             write_table(groups, out)

@@ -197,14 +197,11 @@ def _dest(dest: str, model: str, exif_orientation: bool) -> str:
 def _collection(place: str, name: str | None, api_key: str | None, model: str, exif_orientation: bool) -> str:
     from clipfleet.checkpoint import find_checkpoint
     from clipfleet.fingerprint import fingerprint
-    from clipfleet.qdrant import Collection
+    from clipfleet.qdrant import Collection, place_of
 
     if name is None:
         raise SettingsError("--qdrant needs --collection")
-    wanted = Collection(place, name, api_key)
-    if wanted.is_folder and not Path(place, "meta.json").expanduser().is_file():  # Qdrant would make it
-        raise SettingsError(f"there is no Qdrant in the folder {place!r}")
-    with wanted.opened() as points:
+    with Collection(place_of(place), name, api_key).opened() as points:
         if not points.exists():
             raise SettingsError(f"there is no collection {name!r} at {place!r}")
         points.check(fingerprint(find_checkpoint(model, download=False), exif_orientation=exif_orientation))

@@ -198,6 +198,7 @@ class Points:
         except Unavailable as error:
             # Of a server that does not take the filter; the local mode raises whatever its code runs into.
             refused = getattr(error.__cause__, "status_code", None) in (400, 422) or self._is_folder
+            refused = refused and "is closed" not in str(error.__cause__)
             if where is not None and refused:
                 raise InvalidRequest(
                     f"Qdrant cannot use this filter: {_said(error.__cause__)}", param="filter"

@@ -140,7 +140,9 @@ def _refusal(config: str, folder: Path) -> str:
     most = _most_in_use(config) * 3 // 4
     health = " ".join(HEALTH_PATHS)
     file = folder / "429.http"
-    return f"    http-request return status 429 errorfile {file} if {{ be_conn(\\1) ge {most} }} !{{ path {health} }}"
+    return (
+        f"    http-request return status 429 errorfile {file} if {{ be_conn(\\1) ge {most} }} !{{ path_end {health} }}"
+    )
 
 
 def edit(config: str, folder: Path, host: str, port: str, certificate: str = "") -> str:

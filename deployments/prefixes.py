@@ -12,7 +12,9 @@ from typing import Any
 from starlette.types import Receive, Scope, Send
 
 # Where one of our routes begins, behind whatever prefix the other application had.
-_ROUTE = re.compile(r"/(?:v1/|(?:healthz|readyz|docs|openapi\.json)$)")
+_ROUTE = re.compile(
+    r"/(?:(?:v1|page|\.well-known)/|(?:healthz|readyz|health|docs|openapi\.json|embeddings|models|vectorize|meta)?$)"
+)
 
 
 def accept_any() -> None:

@@ -60,6 +60,8 @@ class Searcher:
         self._fits: str | None = None  # the fingerprint that the collection had
         self._looked = 0.0  # time.monotonic() of the last look at that
         self._looking: asyncio.Task[Points] | None = None
+        self._looks_for = ""  # the fingerprint that it asks about
+        self._closed = False
 
     async def ask(self, question: Callable[[Points], T], fingerprint: str, dimension: int, seconds: float) -> T:
         """What the collection answers. Raises Unavailable or DeadlineExceeded."""
@@ -96,16 +98,20 @@ class Searcher:
             raise InvalidRequest(f"filter is none of Qdrant's: {place[:100]}", param="filter") from None
 
     def close(self) -> None:
-        """Let go of a folder, which another process may want."""
-        if self._points is not None and self._collection.is_folder:
+        """Let go of a folder, for good: another process wants it."""
+        self._closed = self._collection.is_folder
+        if self._points is not None and self._closed:
             self._pool.submit(self._points.close)
             self._points = self._fits = None
 
     async def _opened(self, fingerprint: str, dimension: int) -> Points:
         """The open collection, which is looked at again from time to time. One look is for all who wait for it, and goes on
         when they have gone."""
+        if self._closed:
+            raise Unavailable("this replica has been replaced and searches no more; ask again", retry_after=1)
         due = self._points is None or self._fits != fingerprint or time.monotonic() - self._looked > _CHECKED_S
         if due and (self._looking is None or self._looking.done()):
+            self._looks_for = fingerprint
             self._looking = asyncio.create_task(self._look(fingerprint, dimension))
             self._looking.add_done_callback(
                 lambda task: task.cancelled() or task.exception()
@@ -113,8 +119,10 @@ class Searcher:
         if self._points is not None and self._fits == fingerprint:
             return self._points  # meanwhile
         assert self._looking is not None
-        points = await asyncio.shield(self._looking)
-        return points if self._fits == fingerprint else await self._opened(fingerprint, dimension)
+        if self._looks_for != fingerprint:  # another checkpoint's, whose outcome is not ours
+            await asyncio.wait([self._looking])
+            return await self._opened(fingerprint, dimension)
+        return await asyncio.shield(self._looking)
 
     async def _look(self, fingerprint: str, dimension: int) -> Points:
         try:
@@ -126,6 +134,8 @@ class Searcher:
         except BaseException:
             self._fits = None
             raise
+        if self._points is not points:
+            raise Unavailable("the collection was closed meanwhile", retry_after=1)
         self._fits, self._looked = fingerprint, time.monotonic()
         return points
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import suppress
 
 from ray import serve
 from starlette.responses import Response
@@ -24,7 +23,7 @@ class StatsRoute:
         self._search = search
         self._replicas: dict[str, int] = {}
         self._asked = float("-inf")
-        self._asking = asyncio.Lock()
+        self._asking: asyncio.Task[dict[str, int]] | None = None
 
     async def stats(self) -> Response:
         """Items a second, batches and items in flight of the ingress replica that answers; the replicas of each deployment."""
@@ -43,11 +42,14 @@ class StatsRoute:
         )
 
     async def _counted(self) -> dict[str, int]:
-        async with self._asking:
-            if time.monotonic() - self._asked > _FRESH_S:
-                self._asked = time.monotonic()
-                with suppress(TimeoutError):  # the controller is away; its thread ends when it is back
-                    self._replicas = await asyncio.wait_for(asyncio.to_thread(_running_replicas), _FRESH_S)
+        """What the controller said last. While it is away one question waits for it, and nobody for the answer."""
+        if time.monotonic() - self._asked > _FRESH_S and (self._asking is None or self._asking.done()):
+            self._asked = time.monotonic()
+            self._asking = asyncio.create_task(asyncio.to_thread(_running_replicas))
+        if self._asking is not None:
+            done, _ = await asyncio.wait([self._asking], timeout=_FRESH_S if not self._replicas else 0.2)
+            for task in done:
+                self._replicas = task.result() or self._replicas
         return self._replicas
 
 

@@ -20,7 +20,7 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",  # an upgrade changes it
 }
-PATHS = ("/", *(f"/page/{name}" for name in _TYPES if name != "index.html"))
+PATHS = ("", "/", *(f"/page/{name}" for name in _TYPES if name != "index.html"))
 
 
 def add_routes(app: FastAPI) -> None:
@@ -30,12 +30,15 @@ def add_routes(app: FastAPI) -> None:
         content = (_FOLDER / name).read_bytes()
 
         async def file(request: Request) -> Response:
-            if name == "index.html" and not request.url.path.endswith("/"):
-                return RedirectResponse(f"{request.url.path}/")  # its links are relative to its folder
             return Response(content, media_type=_TYPES[name], headers=_HEADERS)
 
         path = "/" if name == "index.html" else f"/page/{name}"
         app.add_api_route(path, file, methods=["GET", "HEAD"], include_in_schema=False)
 
+    async def to_folder(request: Request) -> Response:
+        return RedirectResponse(f"{request.url.path}/")  # the page's links are relative to its folder
+
+    # An application with a prefix, asked for without the slash behind it.
+    app.router.add_route("", to_folder, methods=["GET", "HEAD"], include_in_schema=False)
     for name in _TYPES:
         serve(name)

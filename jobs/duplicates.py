@@ -24,9 +24,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
-from clipfleet.errors import ClipfleetError, JobError, SettingsError
+from clipfleet.errors import ClipfleetError, FingerprintMismatch, JobError, SettingsError
 from clipfleet.images import open_image, read_file
-from jobs.parts import format_of, parts, reading
+from jobs.parts import PREFIX, format_of, parts, reading
 
 _BLOCK = 1024  # rows; a table of pairs is 4 MB
 _THUMBNAIL = (160, 160)
@@ -105,18 +105,34 @@ def _vectors(dest: Path) -> Iterator[tuple[list[str], list[str | None], np.ndarr
         raise JobError(f"{str(dest)!r} holds no rows of a job")
     ids: list[str] = []
     uris: list[str | None] = []
-    dimension = 0
+    dimension, made_by = 0, _fingerprint(files[0])
     with tempfile.TemporaryFile() as held:
         for path in files:
+            if (other := _fingerprint(path)) != made_by:
+                raise FingerprintMismatch(
+                    f"{str(dest)!r} holds vectors of two checkpoints, with fingerprints {made_by} and {other}: they cannot be "
+                    "compared",
+                    found=other,
+                    expected=made_by,
+                )
             rows, vectors = _good(path)
             ids += rows.column("id").to_pylist()
             uris += rows.column("uri").to_pylist()
             dimension = dimension or (vectors.shape[1] if len(vectors) else 0)
-            held.write(np.ascontiguousarray(vectors, np.float32).tobytes())
-        held.flush()
+            try:
+                held.write(np.ascontiguousarray(vectors, np.float32).tobytes())
+                held.flush()
+            except OSError as error:
+                where = f"{tempfile.gettempdir()!r} (TMPDIR)"
+                raise JobError(f"the vectors cannot be written to {where}: {error.strerror or error}") from error
         if not ids:
             raise JobError(f"{str(dest)!r} holds no row with a vector")
         yield ids, uris, np.memmap(held, np.float32, "r", shape=(len(ids), dimension))
+
+
+def _fingerprint(path: Path) -> str:
+    with reading(path) as file:
+        return (file.schema_arrow.metadata or {}).get(f"{PREFIX}fingerprint".encode(), b"").decode()
 
 
 def _good(path: Path) -> tuple[pa.Table, np.ndarray]:
@@ -132,8 +148,8 @@ def _good(path: Path) -> tuple[pa.Table, np.ndarray]:
     (name,) = set(table.column("npy").to_pylist())
     try:
         return table, np.load(path.parent / name, mmap_mode="r")[table.column("row").to_numpy()]
-    except OSError as error:
-        raise JobError(f"{str(path.parent / name)!r} cannot be read: {error.strerror or error}") from error
+    except (OSError, ValueError, EOFError, IndexError) as error:
+        raise JobError(f"{str(path.parent / name)!r} cannot be read: {error}") from error
 
 
 def as_table(groups: Sequence[Group]) -> pa.Table:
@@ -147,21 +163,28 @@ def as_table(groups: Sequence[Group]) -> pa.Table:
     return pa.Table.from_pylist(rows, pa.schema(fields))
 
 
+def check_out(out: Path, suffixes: Sequence[str] = (".parquet", ".csv", ".jsonl")) -> None:
+    """Raise SettingsError for a file that could not be written; before the work, not after it."""
+    if suffixes and out.suffix not in suffixes:
+        raise SettingsError(f"{str(out)!r} ends in none of {', '.join(suffixes)}")
+    if not out.absolute().parent.is_dir():
+        raise SettingsError(f"cannot write {str(out)!r}: its folder is not there")
+
+
 def write_table(groups: Sequence[Group], out: Path) -> None:
     """Write the table as .parquet, .csv or .jsonl, by the file's name. Raises SettingsError."""
     import pyarrow.csv
 
+    check_out(out)
     table = as_table(groups)
     try:
         if out.suffix == ".parquet":
             pq.write_table(table, out)
         elif out.suffix == ".csv":
             pyarrow.csv.write_csv(table, out)
-        elif out.suffix == ".jsonl":
+        else:
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in table.to_pylist()]
             out.write_text("".join(lines), encoding="utf-8")
-        else:
-            raise SettingsError(f"{str(out)!r} ends in none of .parquet, .csv and .jsonl")
     except OSError as error:
         raise SettingsError(f"cannot write {str(out)!r}: {error.strerror or error}") from error
 

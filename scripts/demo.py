@@ -75,6 +75,16 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def end(process: subprocess.Popen[str]) -> int:
+    """Stop a command in order, and if that takes too long, at once; its guardian ends what it leaves."""
+    process.send_signal(signal.SIGTERM)
+    try:
+        return process.wait(120)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
+
+
 @contextmanager
 def service(index: Path) -> Iterator[str]:
     """Run `clipfleet serve demo` on free ports; yield its address, stop it, and insist that it stopped well."""
@@ -90,8 +100,7 @@ def service(index: Path) -> Iterator[str]:
         say(f"{ready} (after {time.monotonic() - started:.0f} s)")
         yield ready.split()[2]
     finally:
-        process.send_signal(signal.SIGTERM)
-        status = process.wait(60)
+        status = end(process)
     if status:
         sys.exit(f"the service ended with status {status}")
     say("service stopped")
@@ -138,7 +147,12 @@ def make_index(folder: Path, index: Path) -> dict[str, np.ndarray]:
     """Run `clipfleet index` and read the job's Parquet files: vectors by file name."""
     say("$ clipfleet index PICTURES --folder INDEX --model tiny")
     command = [*CLIPFLEET, "index", str(folder), "--folder", str(index), "--model", "tiny"]
-    status = subprocess.run(command, start_new_session=True).returncode
+    job = subprocess.Popen(command, text=True, start_new_session=True)
+    try:
+        status = job.wait()
+    finally:
+        if job.poll() is None:
+            end(job)
     if status:
         sys.exit(f"the job ended with status {status}")
     parts = [pq.read_table(part) for part in sorted((index / "vectors").glob("part-*.parquet"))]
@@ -154,8 +168,10 @@ def embed_by_library(pictures: list[Path]) -> np.ndarray:
 
 
 def main(keep: bool) -> None:
+    for number in (signal.SIGTERM, signal.SIGHUP):  # of a CI's time limit, of a terminal that is closed
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="clipfleet-demo-") as temporary:
+    with tempfile.TemporaryDirectory(prefix="clipfleet-demo-", ignore_cleanup_errors=True) as temporary:
         folder, index = Path(temporary) / "pictures", Path(temporary) / "index"
         folder.mkdir()
         pictures = make_pictures(folder)

@@ -3,7 +3,12 @@
 const PAGE = 24;
 const MOST_BYTES = 20 * 2 ** 20; // the service's default for an image; a service with less says so itself
 const $ = (id) => document.getElementById(id);
-let key = sessionStorage.getItem("clipfleet-key") || "";
+let key = "";
+try {
+  key = sessionStorage.getItem("clipfleet-key") || "";
+} catch {
+  // storage is blocked: the key lasts until the page is left
+}
 
 async function ask(path, body) {
   const headers = key ? { Authorization: `Bearer ${key}` } : {};
@@ -16,7 +21,7 @@ async function ask(path, body) {
   }
   if (answer.status === 401) {
     $("key").hidden = false;
-    throw new Error("The service asks for an API key.");
+    throw new Error(key ? "The service does not know this API key." : "The service asks for an API key.");
   }
   const content = await answer.json().catch(() => null);
   if (!answer.ok) {
@@ -27,8 +32,13 @@ async function ask(path, body) {
   return content;
 }
 
+// Only what is new, so that a screen reader does not say it again.
+function write(element, text) {
+  if (element.textContent !== text) element.textContent = text;
+}
+
 function say(id, text, wrong = false) {
-  $(id).textContent = text;
+  write($(id), text);
   $(id).classList.toggle("wrong", wrong);
 }
 
@@ -43,11 +53,14 @@ function make(name, text = "", kind = "") {
 function picker(name, changed) {
   const drop = $(`${name}-drop`), field = $(`${name}-file`), shown = $(`${name}-shown`), image = shown.querySelector("img");
   const state = { base64: null };
+  let taken = 0;
 
   async function take(file) {
     if (!file) return;
+    const own = ++taken;
     if (file.size > MOST_BYTES) return say(`${name}-said`, `${file.name} has over 20 MiB, which is too much.`, true);
     const bytes = new Uint8Array(await file.arrayBuffer());
+    if (own !== taken) return; // another one was chosen meanwhile
     let letters = "";
     for (let at = 0; at < bytes.length; at += 32768) letters += String.fromCharCode(...bytes.subarray(at, at + 32768));
     state.base64 = btoa(letters);
@@ -97,7 +110,8 @@ function start(parts) {
 async function more() {
   const own = ++asked, list = $("results");
   say("search-said", "searching…");
-  $("more").hidden = true;
+  $("more").disabled = true;
+  if (!list.children.length) $("more").hidden = true;
   try {
     const answer = await ask("v1/search", { query, limit: PAGE, offset: list.children.length, thumbnails: true });
     if (own !== asked) return;
@@ -106,6 +120,8 @@ async function more() {
     $("more").hidden = answer.results.length < PAGE;
   } catch (error) {
     if (own === asked) say("search-said", error.message, true);
+  } finally {
+    if (own === asked) $("more").disabled = false;
   }
 }
 
@@ -141,17 +157,21 @@ $("more").addEventListener("click", more);
 // --- zero-shot
 
 const labelled = picker("zero", () => compare());
+let compared = 0;
 
 async function compare() {
   const labels = $("labels").value.split(",").map((label) => label.trim()).filter(Boolean);
   if (!labelled.base64) return say("zero-said", "Choose a picture first.", true);
   if (!labels.length) return say("zero-said", "Write some labels.", true);
+  const own = ++compared;
   say("zero-said", "comparing…");
   try {
     const answer = await ask("v1/rank", { query: { image: labelled.base64 }, candidates: labels });
+    if (own !== compared) return;
     $("bars").replaceChildren(...answer.results.map((result) => bar(labels[result.index], result.probability)));
     say("zero-said", "");
   } catch (error) {
+    if (own !== compared) return;
     $("bars").replaceChildren();
     say("zero-said", error.message, true);
   }
@@ -176,7 +196,7 @@ $("zero-form").addEventListener("submit", (event) => {
 async function look() {
   try {
     const now = await ask("v1/stats");
-    $("state").textContent = `${now.model.id}, ${now.model.dimension} dimensions, ${now.model.precision} on ${now.model.engine}`;
+    write($("state"), `${now.model.id}, ${now.model.dimension} dimensions, ${now.model.precision} on ${now.model.engine}`);
     if (!now.search && !query) say("search-said", "This service searches no collection yet: make one with `clipfleet index`, and start it with --index.");
     const rows = [
       ["images a second", now.items_per_second.image.toFixed(1)],
@@ -193,7 +213,7 @@ async function look() {
       return box;
     }));
   } catch (error) {
-    $("state").textContent = error.message;
+    write($("state"), error.message);
   }
 }
 
@@ -206,8 +226,14 @@ async function watch() {
 
 $("key").addEventListener("submit", (event) => {
   event.preventDefault();
-  key = $("key-field").value.trim();
-  sessionStorage.setItem("clipfleet-key", key);
+  const given = $("key-field").value.trim();
+  if (!/^[\x21-\x7e]+$/.test(given)) return write($("state"), "This is no API key: it holds characters that none has.");
+  key = given;
+  try {
+    sessionStorage.setItem("clipfleet-key", key);
+  } catch {
+    // as above
+  }
   look();
 });
 watch();

@@ -70,11 +70,12 @@ def collection(tmp_path_factory: pytest.TempPathFactory, files: list[bytes], lib
 
 @pytest.fixture(scope="package")
 def other_service(flags: Path, image_store: Listener, collection: Path) -> Iterator[Service]:
-    """Another service of tiny: it caches images and no texts, takes a forward pass of 2 s for one that hangs, fetches images
-    from image_store, searches the collection, lets pages of one origin ask, and has the faults of faults/injected."""
+    """Another service of tiny: it caches images and no texts, takes 12 images a request and a forward pass of 2 s for one that
+    hangs, fetches images from image_store, searches the collection, lets pages of one origin ask, and has the faults of
+    faults/injected."""
     config = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
     config["applications"][0]["args"] |= {
-        "limits": {"forward_s": 2},
+        "limits": {"forward_s": 2, "images_per_request": 12},
         "search": {"qdrant": str(collection), "collection": "drawn", "templates": ["{}", "a picture of {}"]},
         "cors_origins": ["https://shop.example"],
         "cache": {"text_bytes": 0, "image_bytes": 1_000_000},

@@ -61,7 +61,7 @@ def test_requests_are_refused_before_connections_run_out(tmp_path: Path) -> None
     rule, use = edited.splitlines()[-2:]
     assert rule.startswith(f"    http-request return status 429 errorfile {tmp_path}/429.http if")
     most = most_in_use(BUFFER_BYTES)
-    assert f"{{ be_conn(http-clipfleet) ge {most * 3 // 4} }} !{{ path {' '.join(HEALTH_PATHS)} }}" in rule
+    assert f"{{ be_conn(http-clipfleet) ge {most * 3 // 4} }} !{{ path_end {' '.join(HEALTH_PATHS)} }}" in rule
     assert f"    tune.buffers.limit {2 * most}" in edited.splitlines()
     assert use == "    use_backend http-clipfleet if is_http-clipfleet"
     assert edit(edited, tmp_path, "127.0.0.1", "8000") == edited

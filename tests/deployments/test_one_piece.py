@@ -59,7 +59,7 @@ def pieces(port: int, path: str, requests: int = 1) -> list[bytes]:
             last = b"Connection: close\r\n" if number == requests - 1 else b""
             connection.sendall(b"GET " + path.encode() + b" HTTP/1.1\r\nHost: here\r\n" + last + b"\r\n")
             if not last:
-                while not b"".join(found).endswith(b"more"):
+                while b"".join(found).count(b"more") <= number:
                     found.append(connection.recv(2**16))
                     time.sleep(0.01)
         while piece := connection.recv(2**16):

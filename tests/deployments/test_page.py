@@ -1,4 +1,4 @@
-"""The page at `/`, over HTTP: its files, its headers, and no other file. In a browser: tests/browser/."""
+"""The page at `/`, over HTTP: its files, its headers, and no other file. In a browser: test_browser.py."""
 
 from __future__ import annotations
 

@@ -161,7 +161,10 @@ def test_a_filter_of_some_levels(http: httpx.Client) -> None:
 
 
 def test_the_limits_of_items_hold_for_all_parts_together(http: httpx.Client, files: list[bytes]) -> None:
-    assert len(search(http, [image(file) for file in files[:8]] * 2)) == 10  # 16 parts
+    assert len(search(http, [image(file) for file in files[:12]])) == 10
+    answer = http.post("/v1/search", json={"query": [image(file) for file in [*files[:12], files[0]]]})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_many_items")
+    assert answer.json()["error"]["param"] == "query"
 
 
 def test_a_service_without_a_collection_says_so(service: Service) -> None:

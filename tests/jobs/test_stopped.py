@@ -158,7 +158,8 @@ def test_a_full_disk_stops_it_with_one_line(
     some = tmp_path_factory.mktemp("some")
     for file in sorted(source.iterdir())[:SOME]:
         os.link(file, some / file.name)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=240k", "tmpfs", tmp_path], check=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=240k", "tmpfs", tmp_path], check=False).returncode:
+        pytest.skip("root may not mount a small disk here")
     try:
         done = embed(some, tmp_path)
         assert done.status == 1, done.err
