@@ -492,7 +492,8 @@ def test_a_checkpoint_that_changes_in_the_middle_of_a_list(service: Service, fil
 
 
 def test_the_example_of_the_reference_runs(service: Service, picture_files: list[Path]) -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "http.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "http.md").read_text(), re.DOTALL)
+    (block,) = [block for block in blocks if "from clipfleet import" in block]
     block = block.replace("http://127.0.0.1:8000", service.url).replace(
         'Path("pictures")', f'Path("{picture_files[0].parent}")'
     )
