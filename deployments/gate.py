@@ -14,7 +14,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from clipfleet.errors import (
@@ -102,6 +102,9 @@ class Gate:
             self._check_key(scope)
         except ClipfleetError as error:
             await error_response(error)(scope, receive, send)
+            return
+        if not _path(scope):  # an application with a prefix, asked for without the slash that the page's links need
+            await RedirectResponse(f"{scope['path']}/")(scope, receive, send)
             return
         counts = not _is_health(scope)
         self._inflight += counts

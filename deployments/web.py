@@ -6,8 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastapi import FastAPI
-from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import Response
 
 _FOLDER = Path(__file__).parent / "page"
 _TYPES = {"index.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
@@ -29,16 +28,11 @@ def add_routes(app: FastAPI) -> None:
     def serve(name: str) -> None:
         content = (_FOLDER / name).read_bytes()
 
-        async def file(request: Request) -> Response:
+        async def file() -> Response:
             return Response(content, media_type=_TYPES[name], headers=_HEADERS)
 
         path = "/" if name == "index.html" else f"/page/{name}"
         app.add_api_route(path, file, methods=["GET", "HEAD"], include_in_schema=False)
 
-    async def to_folder(request: Request) -> Response:
-        return RedirectResponse(f"{request.url.path}/")  # the page's links are relative to its folder
-
-    # An application with a prefix, asked for without the slash behind it.
-    app.router.add_route("", to_folder, methods=["GET", "HEAD"], include_in_schema=False)
     for name in _TYPES:
         serve(name)

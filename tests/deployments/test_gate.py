@@ -132,3 +132,16 @@ def test_a_preflight_needs_no_key() -> None:
     assert preflight.status_code == 200 and refused.status_code == 401
     assert refused.headers["access-control-allow-origin"] == "https://shop.example"
     assert "X-Fingerprint" in refused.headers["access-control-expose-headers"]
+
+
+def test_a_prefix_without_its_slash_leads_to_the_page() -> None:
+    async def asked(path: str) -> httpx.Response:
+        gate = Gate(app(), keys=KeyRing(("one",), None), fingerprint=lambda: "f00d")
+        transport = httpx.ASGITransport(gate, root_path="/clip")
+        async with httpx.AsyncClient(transport=transport, base_url="http://gate") as client:
+            return await client.get(path)
+
+    answer = asyncio.run(asked("/clip"))
+    assert (answer.status_code, answer.headers["Location"]) == (307, "/clip/")
+    assert asyncio.run(asked("/clip/healthz")).status_code == 200
+    assert asyncio.run(asked("/clip/v1/models")).status_code == 401
