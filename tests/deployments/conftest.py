@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
-import numpy as np
 import pyarrow as pa
 import pytest
 import yaml
 
 from clipfleet.checkpoint import find_checkpoint
 from clipfleet.fingerprint import fingerprint
+from clipfleet.images import decode
 from clipfleet.qdrant import Collection
 from jobs.encoding import thumbnail
 from tests.deployments.listener import Listener, listening
@@ -47,6 +47,9 @@ def image_store() -> Iterator[Listener]:
         yield server
 
 
+PIXELS = find_checkpoint("tiny").pixels
+
+
 @pytest.fixture(scope="package")
 def collection(tmp_path_factory: pytest.TempPathFactory, files: list[bytes], library: Library) -> Path:
     """A Qdrant folder whose collection `drawn` has the drawn pictures, with thumbnails; their widths are 30 to 41."""
@@ -62,9 +65,7 @@ def collection(tmp_path_factory: pytest.TempPathFactory, files: list[bytes], lib
     )
     with Collection(str(folder), "drawn").opened() as points:
         points.prepare(512, fingerprint(find_checkpoint("tiny")))
-        points.upload(
-            rows, library.images(files), [thumbnail(np.full((9, 9, 3), n, np.uint8)) for n in range(len(names))]
-        )
+        points.upload(rows, library.images(files), [thumbnail(decode(file, PIXELS).pixels) for file in files])
     return folder
 
 

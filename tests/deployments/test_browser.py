@@ -78,7 +78,7 @@ def test_search_by_words_and_more_like_this(page: Page) -> None:
     assert len(found) == 12
     scores = [float(text) for text in page.locator("#results .score").all_text_contents()]
     assert scores == sorted(scores, reverse=True)
-    assert page.locator("#results img").first.evaluate("image => image.complete && image.naturalWidth") == 9
+    assert page.locator("#results img").first.evaluate("image => image.complete && image.naturalWidth") == 160
     shot(page, "page-search")
     page.get_by_role("button", name=f"More like {found[4]}", exact=True).click()
     expect(page.locator("#results .name").first).to_have_text(found[4])
