@@ -26,6 +26,20 @@ STOPPED, WRONG_USAGE, FAILED_ROWS = 1, 2, 3
 _DEFAULT_MODEL = "openai/clip-vit-base-patch32"
 _MODEL_HELP = "Checkpoint: tiny (embedded), a folder, a hub id, or id@revision."
 _AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
+_Source = Annotated[str, typer.Argument(help="A folder, a glob, tars, or a manifest (.parquet, .csv, .tsv, .jsonl).")]
+_PathColumn = Annotated[str | None, typer.Option(help="The manifest's column of image paths.")]
+_BytesColumn = Annotated[str | None, typer.Option(help="The manifest's column of image bytes.")]
+_IdColumn = Annotated[str | None, typer.Option(help="The manifest's column of ids; default: the path.")]
+_QdrantKey = Annotated[str | None, typer.Option(envvar="QDRANT_API_KEY", help="Key of that Qdrant.")]
+_Address = Annotated[str | None, typer.Option(envvar="RAY_ADDRESS", help="A running Ray; default: its own.")]
+_Actors = Annotated[int | None, typer.Option(min=1, help="Encoders; default: one a GPU, or by CPUs.")]
+_JobDevice = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+_Precision = Annotated[str, typer.Option(help="float32, float16, bfloat16, or int8 on CPUs.")]
+_JobEngine = Annotated[str, typer.Option(help="auto, torch or openvino (CPUs; auto takes it if installed).")]
+_ReducedJpeg = Annotated[
+    bool, typer.Option("--reduced-jpeg", help="Decode large JPEGs at a fraction of their size: faster, less exact.")
+]
+_ApiKey = Annotated[str | None, typer.Option(envvar="CLIPFLEET_API_KEY", help="Key of that service.")]
 _EXTRAS = (
     "torch", "transformers", "PIL", "loguru", "huggingface_hub", "safetensors", "sentencepiece", "tokenizers",
     "ray", "fastapi", "starlette", "orjson", "pyarrow", "grpc",
@@ -127,16 +141,14 @@ def _search(index: str | None, collection: str | None) -> dict[str, str] | None:
     "clipfleet embed products.parquet vectors/ --path-column file --id-column sku"
 )
 def embed(
-    source: Annotated[
-        str, typer.Argument(help="A folder, a glob, tars, or a manifest (.parquet, .csv, .tsv, .jsonl).")
-    ],
+    source: _Source,
     dest: Annotated[str, typer.Argument(help="A folder for the output files; finished rows in it are skipped.")],
     model: Annotated[str, typer.Option(help=_MODEL_HELP)] = _DEFAULT_MODEL,
-    path_column: Annotated[str | None, typer.Option(help="The manifest's column of image paths.")] = None,
-    bytes_column: Annotated[str | None, typer.Option(help="The manifest's column of image bytes.")] = None,
-    id_column: Annotated[str | None, typer.Option(help="The manifest's column of ids; default: the path.")] = None,
+    path_column: _PathColumn = None,
+    bytes_column: _BytesColumn = None,
+    id_column: _IdColumn = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images in one forward pass.")] = 32,
-    actors: Annotated[int | None, typer.Option(min=1, help="Encoders; default: one a GPU, or by CPUs.")] = None,
+    actors: _Actors = None,
     retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Redo the rows that failed before.")] = False,
     changed: Annotated[
         bool, typer.Option("--changed", help="Redo files whose size or time differs; mark rows whose files have gone.")
@@ -149,14 +161,12 @@ def embed(
     ] = "parquet",
     qdrant: Annotated[str | None, typer.Option(help="Also upload into this Qdrant: a URL, or a folder.")] = None,
     collection: Annotated[str | None, typer.Option(help="The Qdrant collection; made if it is not there.")] = None,
-    qdrant_api_key: Annotated[str | None, typer.Option(envvar="QDRANT_API_KEY", help="Key of that Qdrant.")] = None,
-    address: Annotated[str | None, typer.Option(envvar="RAY_ADDRESS", help="A running Ray; default: its own.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    precision: Annotated[str, typer.Option(help="float32, float16, bfloat16, or int8 on CPUs.")] = "float32",
-    engine: Annotated[str, typer.Option(help="auto, torch or openvino (CPUs; auto takes it if installed).")] = "auto",
-    reduced_jpeg: Annotated[
-        bool, typer.Option("--reduced-jpeg", help="Decode large JPEGs at a fraction of their size: faster, less exact.")
-    ] = False,
+    qdrant_api_key: _QdrantKey = None,
+    address: _Address = None,
+    device: _JobDevice = "auto",
+    precision: _Precision = "float32",
+    engine: _JobEngine = "auto",
+    reduced_jpeg: _ReducedJpeg = False,
     as_json: _AsJson = False,
 ) -> None:
     """Embed many images into files of vectors, streaming and resumable.
@@ -204,9 +214,7 @@ def embed(
     "clipfleet index photos/ --into http://qdrant:6333 --collection products"
 )
 def index(
-    source: Annotated[
-        str, typer.Argument(help="A folder, a glob, tars, or a manifest (.parquet, .csv, .tsv, .jsonl).")
-    ],
+    source: _Source,
     folder: Annotated[
         Path,
         typer.Option(help="Where the vectors are kept, from which a killed run goes on, and without --into the index."),
@@ -215,20 +223,18 @@ def index(
         str | None, typer.Option(help="The URL of a Qdrant server; default: Qdrant's files in FOLDER.")
     ] = None,
     collection: Annotated[str, typer.Option(help="The Qdrant collection; made if it is not there.")] = "images",
-    qdrant_api_key: Annotated[str | None, typer.Option(envvar="QDRANT_API_KEY", help="Key of that Qdrant.")] = None,
+    qdrant_api_key: _QdrantKey = None,
     thumbnails: Annotated[bool, typer.Option(help="Keep a small picture of each image in the collection.")] = True,
     model: Annotated[str, typer.Option(help=_MODEL_HELP)] = _DEFAULT_MODEL,
-    path_column: Annotated[str | None, typer.Option(help="The manifest's column of image paths.")] = None,
-    bytes_column: Annotated[str | None, typer.Option(help="The manifest's column of image bytes.")] = None,
-    id_column: Annotated[str | None, typer.Option(help="The manifest's column of ids; default: the path.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    precision: Annotated[str, typer.Option(help="float32, float16, bfloat16, or int8 on CPUs.")] = "float32",
-    engine: Annotated[str, typer.Option(help="auto, torch or openvino (CPUs; auto takes it if installed).")] = "auto",
-    reduced_jpeg: Annotated[
-        bool, typer.Option("--reduced-jpeg", help="Decode large JPEGs at a fraction of their size: faster, less exact.")
-    ] = False,
-    actors: Annotated[int | None, typer.Option(min=1, help="Encoders; default: one a GPU, or by CPUs.")] = None,
-    address: Annotated[str | None, typer.Option(envvar="RAY_ADDRESS", help="A running Ray; default: its own.")] = None,
+    path_column: _PathColumn = None,
+    bytes_column: _BytesColumn = None,
+    id_column: _IdColumn = None,
+    device: _JobDevice = "auto",
+    precision: _Precision = "float32",
+    engine: _JobEngine = "auto",
+    reduced_jpeg: _ReducedJpeg = False,
+    actors: _Actors = None,
+    address: _Address = None,
     as_json: _AsJson = False,
 ) -> None:
     """Make a collection of images ready to be searched, or bring it up to date: new and changed files are embedded, those that
@@ -327,7 +333,7 @@ def encode(
 @app.command(epilog="Examples:  clipfleet models  |  clipfleet models --url http://127.0.0.1:8000")
 def models(
     url: Annotated[str | None, typer.Option(help="A running service; without it, what loads offline.")] = None,
-    api_key: Annotated[str | None, typer.Option(envvar="CLIPFLEET_API_KEY", help="Key of that service.")] = None,
+    api_key: _ApiKey = None,
 ) -> None:
     """List a service's models, or the checkpoints that load offline (tiny and the hub cache)."""
     with _reported("local"):
@@ -357,7 +363,7 @@ def bench(
     clients: Annotated[int, typer.Option(min=1, help="Requests in flight at once.")] = 16,
     requests: Annotated[int, typer.Option(min=1, help="How many in all.")] = 200,
     items: Annotated[int, typer.Option(min=1, help="Images or texts in one request.")] = 1,
-    api_key: Annotated[str | None, typer.Option(envvar="CLIPFLEET_API_KEY", help="Key of that service.")] = None,
+    api_key: _ApiKey = None,
     as_json: _AsJson = False,
 ) -> None:
     """Load a running service and print its throughput and percentiles. Ends with status 3 if a request failed."""
@@ -379,11 +385,9 @@ def plan(
     source: Annotated[Path | None, typer.Argument(help="A folder of images like yours; default: drawn ones.")] = None,
     model: Annotated[str, typer.Option(help=_MODEL_HELP)] = _DEFAULT_MODEL,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    precision: Annotated[str, typer.Option(help="float32, float16, bfloat16, or int8 on CPUs.")] = "float32",
+    precision: _Precision = "float32",
     engine: Annotated[str, typer.Option(help="auto, torch or openvino.")] = "auto",
-    reduced_jpeg: Annotated[
-        bool, typer.Option("--reduced-jpeg", help="Decode large JPEGs at a fraction of their size: faster, less exact.")
-    ] = False,
+    reduced_jpeg: _ReducedJpeg = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Of an encoder on a CPU; default: up to 4.")] = None,
     sample: Annotated[int, typer.Option(min=1, help="Images of SOURCE to measure.")] = 64,
     core_price: Annotated[float, typer.Option(min=0, help="Price of a core for an hour.")] = 0.0,
@@ -431,7 +435,7 @@ def doctor(
     dest: Annotated[str | None, typer.Option(help="A job's DEST: can it be kept with that checkpoint?")] = None,
     qdrant: Annotated[str | None, typer.Option(help="A Qdrant with a collection: can it be kept?")] = None,
     collection: Annotated[str | None, typer.Option(help="That collection.")] = None,
-    qdrant_api_key: Annotated[str | None, typer.Option(envvar="QDRANT_API_KEY", help="Key of that Qdrant.")] = None,
+    qdrant_api_key: _QdrantKey = None,
     as_json: _AsJson = False,
 ) -> None:
     """Say what is installed, which device and engine would be used and why, and whether ports, a config file and an index fit.

@@ -91,8 +91,8 @@ class Gate:
                 took = time.perf_counter() - began
                 if not _is_health(scope):
                     self.metrics.answered(route, status, took)
-                if status >= 500 and not _is_health(scope):
-                    logger.warning("{} {} was answered {} after {:.2f} s", scope["method"], route, status, took)
+                    if status >= 500:
+                        logger.warning("{} {} was answered {} after {:.2f} s", scope["method"], route, status, took)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

@@ -52,8 +52,8 @@ class Searcher:
         self._filter = models.Filter
         self._collection = Collection(settings.qdrant, settings.collection, settings.qdrant_api_key)
         self.templates = settings.templates
-        self._threads = 1 if self._collection.is_folder else _THREADS
-        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="search")
+        threads = 1 if self._collection.is_folder else _THREADS
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="search")
         # Values and letters of a filter. In local mode Python compares each of them with each point.
         self._most = (64, 1000) if self._collection.is_folder else (1024, 20_000)
         self._points: Points | None = None
@@ -129,6 +129,9 @@ class Searcher:
             points = self._points or await self._run(
                 lambda: Points(self._collection, patience_s=_PATIENCE_S, tries=1, timeout_s=_TIMEOUT_S)
             )
+            if self._closed:  # while it was opened
+                self._pool.submit(points.close)
+                raise Unavailable("the collection was closed meanwhile", retry_after=1)
             self._points = points
             await self._run(lambda: points.check(fingerprint, dimension))
         except BaseException:
