@@ -13,7 +13,7 @@ SUITABLE := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test browser check bench chaos plot fuzz soak clean
+.PHONY: help setup demo test browser check bench chaos plot fuzz soak dist site clean
 
 help:
 	@echo 'make setup   make .venv and install the pinned versions and this tree (editable)'
@@ -25,6 +25,8 @@ help:
 	@echo 'make plot    draw what make chaos measured of overload: docs/overload.svg'
 	@echo 'make fuzz    set up, then send damaged files and odd requests (ARGS="--seed 7")'
 	@echo 'make soak    set up, then half an hour of mixed load: nothing may grow'
+	@echo 'make dist    set up, then build what a release uploads and try each extra of it in a fresh environment (10 minutes)'
+	@echo 'make site    set up, then make the pages of docs/ a site in build/site'
 	@echo 'make clean   remove .venv and all that builds, tests and the demo wrote'
 
 setup: $(STAMP)
@@ -48,7 +50,7 @@ $(STAMP): pyproject.toml constraints.txt hatch_build.py clipfleet/resample.c
 	@echo 'installing torch (the largest part)'
 	@$(PIP_INSTALL) $(TORCH_PIP_ARGS) torch hatchling
 	@echo 'installing the other pinned packages and this tree'
-	@$(PIP_INSTALL) --no-build-isolation --editable '.[serve,openvino,qdrant,test]'
+	@$(PIP_INSTALL) --no-build-isolation --editable '.[serve,openvino,qdrant,tracing,test]'
 	@touch $(STAMP)
 	@echo 'set up: $(BIN)/clipfleet'
 
@@ -68,6 +70,14 @@ fuzz: setup
 
 soak: setup
 	@$(BIN)/python -m faults soak --seconds 1800 $(ARGS)
+
+dist: setup
+	@TORCH_PIP_ARGS='$(TORCH_PIP_ARGS)' $(BIN)/python scripts/dist.py $(ARGS)
+
+site: setup
+	@$(PIP_INSTALL) mkdocs-material==9.8.2
+	@$(BIN)/mkdocs build --quiet --strict --site-dir build/site
+	@echo 'build/site/index.html'
 
 demo: setup
 	@$(BIN)/python scripts/demo.py $(if $(KEEP),--keep)

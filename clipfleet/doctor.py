@@ -2,20 +2,47 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
-import re
-import socket
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from clipfleet.config_file import APPLICATION, read_config
 from clipfleet.errors import ClipfleetError, SettingsError
+from clipfleet.extras import extras
+from clipfleet.ports import claim_port
+from clipfleet.qdrant import Collection, Points, place_of
+from clipfleet.settings import SearchSettings, service_settings
+from clipfleet.threads import cores
 
 State = Literal["good", "note", "problem"]
-_EXTRAS = ("local", "serve", "openvino", "qdrant")
+_LOOPBACK = "127.0.0.1"
+_TIMEOUT_S = 5  # of a Qdrant server, which is asked once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What is to be looked at. What is None is as the config file has it, or the service's default.
+
+    `exif_orientation` and `host` are for a config file alone to say.
+    """
+
+    config: str | None = None
+    model: str | None = None
+    device: str | None = None
+    precision: str | None = None
+    engine: str | None = None
+    exif_orientation: bool = True
+    host: str = _LOOPBACK
+    port: int | None = None
+    metrics_port: int = 9464
+    dest: str | None = None
+    qdrant: str | None = None
+    collection: str | None = None
+    qdrant_api_key: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -30,49 +57,38 @@ class Finding:
         return asdict(self)
 
 
-def examine(
-    config: str | None,
-    model: str | None,
-    device: str | None,
-    precision: str | None,
-    engine: str | None,
-    port: int | None,
-    metrics_port: int,
-    dest: str | None,
-    qdrant: str | None,
-    collection: str | None,
-    qdrant_api_key: str | None,
-) -> Iterator[Finding]:
-    """Look at one thing after the other. What is not given is as the config file has it; nothing is downloaded or changed."""
+def examine(asked: Asked) -> Iterator[Finding]:
+    """Look at one thing after the other. Nothing is downloaded or changed."""
     yield Finding("machine", "good", f"Python {platform.python_version()}, {platform.platform()}, {_cores()}")
     yield from _installed()
-    arguments: dict[str, Any] = {}
-    if config is not None:
+    if asked.config is not None:
         try:
-            arguments, port = _of_config(config, port)
-            yield Finding("config", "good", f"{config}: every setting is known, and none contradicts another")
+            asked = _with_config(asked, asked.config)
+            yield Finding("config", "good", f"{asked.config}: every setting is known, and none contradicts another")
         except ClipfleetError as error:
             yield Finding("config", "problem", error.message)
-    asked = {
-        "device": device or arguments.get("device", "auto"),
-        "precision": precision or arguments.get("precision", "float32"),
-        "engine": engine or arguments.get("engine", "auto"),
-    }
-    yield _tried("engine", lambda: _engine(**asked))
-    checkpoint = model or arguments.get("model")
-    exif = bool(arguments.get("exif_orientation", True))
-    if checkpoint is not None:
-        yield _tried("checkpoint", lambda: _checkpoint(checkpoint, exif))
-    for number, option in ((port or 8000, "--port"), (metrics_port, "--metrics-port")):
-        yield _tried("port", lambda number=number, option=option: _port(number, option))
-    if dest is not None or qdrant is not None:
-        if checkpoint is None:
-            yield Finding("index", "problem", "name the checkpoint to compare with: --model, or a config file")
-            return
-        if dest is not None:
-            yield _tried("DEST", lambda: _dest(dest, checkpoint, exif))
-        if qdrant is not None:
-            yield _tried("collection", lambda: _collection(qdrant, collection, qdrant_api_key, checkpoint, exif))
+    device, precision, engine = asked.device or "auto", asked.precision or "float32", asked.engine or "auto"
+    yield _tried("engine", lambda: _engine(device, precision, engine))
+    model, exif = asked.model, asked.exif_orientation
+    if model is not None:
+        yield _tried("checkpoint", lambda: _checkpoint(model, exif))
+    host, port, metrics_port = asked.host, asked.port or 8000, asked.metrics_port
+    yield _tried("port", lambda: _port(host, port, "--port"))
+    yield _tried("port", lambda: _port(_LOOPBACK, metrics_port, "--metrics-port"))
+    yield from _indexes(asked)
+
+
+def _indexes(asked: Asked) -> Iterator[Finding]:
+    dest, qdrant, model, exif = asked.dest, asked.qdrant, asked.model, asked.exif_orientation
+    if dest is None and qdrant is None:
+        return
+    if model is None:
+        yield Finding("index", "problem", "name the checkpoint to compare with: --model, or a config file")
+        return
+    if dest is not None:
+        yield _tried("DEST", lambda: _dest(dest, model, exif))
+    if qdrant is not None:
+        yield _tried("collection", lambda: _collection(qdrant, asked.collection, asked.qdrant_api_key, model, exif))
 
 
 def _tried(about: str, look: Callable[[], str]) -> Finding:
@@ -85,48 +101,49 @@ def _tried(about: str, look: Callable[[], str]) -> Finding:
 
 
 def _cores() -> str:
-    from clipfleet.threads import cores
-
     found = cores()
     return f"{found} core{'s' if found > 1 else ''}"
 
 
 def _installed() -> Iterator[Finding]:
-    needed = _needed()
-    for extra in _EXTRAS:
-        missing = [name for name in needed[extra] if _version(name) is None]
-        if missing:
-            way = f"pip install 'clipfleet[{extra}]'"
-            yield Finding(f"[{extra}]", "note", f"not installed, it lacks {', '.join(missing)}; {way}")
+    for extra in extras():
+        if extra.missing:
+            way = f"pip install 'clipfleet[{extra.name}]'"
+            said = f"not installed, it lacks {', '.join(extra.missing)}; {way}"
+            yield Finding(f"[{extra.name}]", "note", said)
         else:
-            yield Finding(f"[{extra}]", "good", ", ".join(f"{name} {_version(name)}" for name in needed[extra]))
+            said = ", ".join(f"{name} {version}" for name, version in extra.packages.items())
+            yield Finding(f"[{extra.name}]", "good", said)
 
 
-def _needed() -> dict[str, list[str]]:
-    """The packages of each extra, without those of the extras that it includes."""
-    found: dict[str, list[str]] = {extra: [] for extra in _EXTRAS}
-    for line in importlib.metadata.requires("clipfleet") or []:
-        name, extra = re.match(r"[\w.-]+", line), re.search(r"extra == ['\"](\w+)", line)
-        here = "sys_platform" not in line or sys.platform in line
-        if name and extra and extra[1] in found and name[0] != "clipfleet" and here:
-            found[extra[1]].append(name[0])
-    return found
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _of_config(config: str, port: int | None) -> tuple[dict[str, Any], int]:
-    from clipfleet.settings import APPLICATION, read_config, service_settings
-
+def _with_config(asked: Asked, config: str) -> Asked:
+    """With what the config file says where nothing was asked for. Raises SettingsError."""
     content = read_config(config)
     application = next(entry for entry in content["applications"] if entry["name"] == APPLICATION)
     settings = service_settings(application.get("args") or {})
-    return settings.model_dump(), port or (content.get("http_options") or {}).get("port", 8000)
+    http = content.get("http_options") or {}
+    return replace(
+        _with_search(asked, settings.search),
+        model=asked.model or settings.model,
+        device=asked.device or settings.device,
+        precision=asked.precision or settings.precision,
+        engine=asked.engine or settings.engine,
+        exif_orientation=settings.exif_orientation,
+        host=str(http.get("host") or asked.host),
+        port=asked.port or http.get("port"),
+    )
+
+
+def _with_search(asked: Asked, search: SearchSettings | None) -> Asked:
+    """With the collection that the service searches, unless --qdrant names a place of its own."""
+    if asked.qdrant is not None or search is None:
+        return asked
+    return replace(
+        asked,
+        qdrant=search.qdrant,
+        collection=asked.collection or search.collection,
+        qdrant_api_key=search.qdrant_api_key or asked.qdrant_api_key,
+    )
 
 
 def _engine(device: str, precision: str, engine: str) -> str:
@@ -166,43 +183,39 @@ def _why_engine(asked: str, chosen: str, device: str) -> str:
 
 def _checkpoint(name: str, exif_orientation: bool) -> str:
     from clipfleet.checkpoint import find_checkpoint
-    from clipfleet.fingerprint import fingerprint
 
     found = find_checkpoint(name, download=False)
-    made_by = fingerprint(found, exif_orientation=exif_orientation)
-    return f"{name}: {found.model_type} in {found.folder}, fingerprint {made_by}"
+    return f"{name}: {found.model_type} in {found.folder}, fingerprint {_fingerprint(name, exif_orientation)}"
 
 
-def _port(number: int, option: str) -> str:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", number))
-        except OSError as error:
-            raise SettingsError(f"{number} is not free ({error.strerror}); choose another one: {option}") from None
+@cache  # it reads all the weights
+def _fingerprint(name: str, exif_orientation: bool) -> str:
+    from clipfleet.checkpoint import find_checkpoint
+    from clipfleet.fingerprint import fingerprint
+
+    return fingerprint(find_checkpoint(name, download=False), exif_orientation=exif_orientation)
+
+
+def _port(host: str, number: int, option: str) -> str:
+    claim_port(host, number, option).close()
     return f"{number} is free"
 
 
 def _dest(dest: str, model: str, exif_orientation: bool) -> str:
-    from clipfleet.checkpoint import find_checkpoint
-    from clipfleet.fingerprint import fingerprint
     from jobs.output import count_rows_of
 
-    folder = Path(dest).expanduser()
-    made_by = fingerprint(find_checkpoint(model, download=False), exif_orientation=exif_orientation)
-    rows = count_rows_of(folder, model, made_by)
+    made_by = _fingerprint(model, exif_orientation)
+    rows = count_rows_of(Path(dest).expanduser(), model, made_by)
     return f"{dest}: {rows:,} rows by this very checkpoint; keep it"
 
 
 def _collection(place: str, name: str | None, api_key: str | None, model: str, exif_orientation: bool) -> str:
-    from clipfleet.checkpoint import find_checkpoint
-    from clipfleet.fingerprint import fingerprint
-    from clipfleet.qdrant import Collection, place_of
-
     if name is None:
         raise SettingsError("--qdrant needs --collection")
-    with Collection(place_of(place), name, api_key).opened() as points:
+    # Without patience: a folder that is another process's stays so.
+    looking = Points(Collection(place_of(place), name, api_key), patience_s=0, tries=1, timeout_s=_TIMEOUT_S)
+    with closing(looking) as points:
         if not points.exists():
             raise SettingsError(f"there is no collection {name!r} at {place!r}")
-        points.check(fingerprint(find_checkpoint(model, download=False), exif_orientation=exif_orientation))
+        points.check(_fingerprint(model, exif_orientation))
     return f"{name} at {place}: by this very checkpoint; keep it"

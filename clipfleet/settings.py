@@ -1,4 +1,4 @@
-"""Typed settings of the service, and the only reader of YAML and environment."""
+"""Typed settings of the service, and the only reader of the environment."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from clipfleet.engines import Engine, Precision, check_engine
@@ -18,37 +17,51 @@ from clipfleet.keys import fits_a_header, read_keys
 from clipfleet.qdrant import place_of
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-APPLICATION = "clipfleet"
-IMPORT_PATH = "deployments.graph:build"
-ENCODERS = ("ImageEncoder", "TextEncoder")
-DEPLOYMENTS = ("Ingress", "ImageDecoder", *ENCODERS)
 
 Count = Annotated[int, Field(ge=1)]
 LogFormat = Literal["text", "json"]
 
 
 class Settings(BaseModel):
-    """Base of all settings: unknown names are refused, values do not change."""
+    """Base of all settings: unknown names are refused, values do not change.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    What stands below a field describes it in docs/settings.md, so links are relative to that page.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True)
 
 
 class LimitSettings(Settings):
-    """What one request, one image and the whole ingress may cost. Sizes are bytes, times are seconds."""
+    """What one request, one image and the whole ingress may cost."""
 
     body_bytes: Count = 64 * 1024 * 1024
+    """Bytes of a request's body. The images that it names by address have the same limit, together."""
     images_per_request: Count = 64
+    """Images of one request."""
     texts_per_request: Count = 2048
+    """Texts of one request."""
     text_characters: Count = 100_000
+    """Characters of one text."""
     image_bytes: Count = 20 * 1024 * 1024
+    """Bytes of one image, sent or fetched."""
     image_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = 64_000_000  # Pillow's own limit stands behind ours
+    """Pixels of one image, and of what resizing makes of it on its way."""
     image_formats: tuple[str, ...] = IMAGE_FORMATS
+    """Formats that are accepted, some of the default ones. An animation gives its first frame."""
     deadline_s: Annotated[float, Field(gt=0)] = 30.0
-    forward_s: Annotated[float, Field(gt=0)] = 60.0  # a forward pass that takes longer ends its replica
+    """Seconds from a request's arrival to its answer. Above 30 raise `graceful_shutdown_timeout_s` (35) of every
+    deployment too."""
+    forward_s: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds of one forward pass. One that takes longer hangs, so its encoder's process is ended and replaced."""
     inflight_items: Count = 4096
+    """Images that one ingress replica holds at once, and as many texts. Beyond that it answers 429."""
     inflight_items_per_key: Count | None = None
+    """Items of one API key that an ingress replica holds at once, so that one tenant cannot starve the others; a key then
+    has half of `inflight_bytes` too. With null a key may have all."""
     inflight_bytes: Count = 512 * 1024 * 1024
+    """Bytes of requests that one ingress replica holds at once. Beyond that it answers 429."""
     decoding_bytes: Count = 1024 * 1024 * 1024
+    """Decoded bytes that one decoder replica holds at once."""
 
     @field_validator("image_formats")
     @classmethod
@@ -60,25 +73,30 @@ class LimitSettings(Settings):
 
 
 class CacheSettings(Settings):
-    """Bytes of vectors that each ingress replica keeps for items that come again; 0 switches a cache off."""
+    """What each ingress replica remembers of items that come again."""
 
     text_bytes: Annotated[int, Field(ge=0)] = 64 * 1024 * 1024
+    """Bytes of memory for vectors of texts, about 25,000 of them at 512 dimensions. 0 switches it off."""
     image_bytes: Annotated[int, Field(ge=0)] = 0
+    """Bytes of memory for vectors of images. 0 switches it off."""
 
 
 class UrlSettings(Settings):
-    """Images by http(s) address, off unless `enabled`.
-
-    `at_once` times `limits.image_bytes` is what a replica may hold of images that still arrive; `timeout_s` is for one image,
-    in seconds; `allowed_networks` are those beside the internet's.
-    """
+    """Images by their http(s) address."""
 
     enabled: bool = False
+    """Whether images are fetched at all."""
     ports: tuple[Annotated[int, Field(ge=1, le=65535)], ...] = (80, 443)
+    """Ports that are fetched from."""
     redirects: Annotated[int, Field(ge=0, le=10)] = 3
+    """Redirects that are followed for one image."""
     timeout_s: Annotated[float, Field(gt=0)] = 10.0
+    """Seconds for one image."""
     at_once: Count = 8
+    """Images that an ingress replica fetches at once, half of them for one API key. So many times `limits.image_bytes` is
+    what it may hold of images that still arrive."""
     allowed_networks: tuple[str, ...] = ()
+    """Networks beside the internet's, such as `10.1.0.0/16` of your own image store."""
 
     @field_validator("allowed_networks")
     @classmethod
@@ -89,15 +107,16 @@ class UrlSettings(Settings):
 
 
 class SearchSettings(Settings):
-    """The Qdrant collection that `/v1/search` searches: `qdrant` is a server's URL, or a folder, which one ingress opens.
-
-    A text is searched for by the mean of `templates`, in which {} stands for it.
-    """
+    """The Qdrant collection that `/v1/search` searches."""
 
     qdrant: str
+    """A server's URL, or a folder, which one ingress replica opens."""
     collection: str = "images"
+    """The collection's name."""
     qdrant_api_key: Annotated[str | None, Field(repr=False)] = None
+    """The server's key. With null it is the variable `QDRANT_API_KEY`, if that is set."""
     templates: Annotated[tuple[str, ...], Field(min_length=1, max_length=100)] = ("{}",)
+    """A text is searched for by the mean of these, such as `["{}", "a photo of a {}"]`, with the text for `{}`."""
 
     @field_validator("templates")
     @classmethod
@@ -112,24 +131,46 @@ class ServiceSettings(Settings):
     """The `args` of the application: what is served, on what, within which limits."""
 
     model: str = "openai/clip-vit-base-patch32"
+    """`tiny`, a folder, a hub id, or `id@revision`."""
     served_model_name: str | None = None
+    """The id in answers. With null it is `model`, of a folder its last path component."""
     device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`. `auto` takes GPUs where the cluster has some; `cuda` insists."""
     precision: Precision = "float32"
+    """[What each costs](vectors.md#precision). `int8` is for CPUs (extra `openvino`), so that `device: auto` means `cpu`."""
     engine: Engine = "auto"
+    """`openvino` is for CPUs (extra `openvino`). `auto` takes it there where it is installed, otherwise `torch`."""
     gpus_per_replica: Annotated[float, Field(gt=0)] = 1.0
+    """GPUs that an encoder reserves, a share of one or a whole number. There are at least two encoders (images, texts), so
+    one GPU needs 0.5 or less."""
     cpus_per_replica: Annotated[float, Field(gt=0)] = 1.0
+    """CPUs that an encoder reserves."""
     threads_per_replica: Count | None = None
+    """Threads that an encoder computes with. With null they are `cpus_per_replica`, rounded."""
     exif_orientation: bool = True
+    """Whether pictures are turned as their EXIF says."""
     reduced_jpeg: bool = False
+    """Whether JPEGs whose shorter side is at least four times the checkpoint's size (896 px at 224) are decoded at a fraction
+    of it: sooner, less exact ([how much](vectors.md#precision))."""
     limits: LimitSettings = LimitSettings()
+    """What requests may cost."""
     cache: CacheSettings = CacheSettings()
+    """Vectors that are remembered."""
     image_urls: UrlSettings = UrlSettings()
+    """Images by address."""
     search: SearchSettings | None = None
+    """The collection that `/v1/search` searches; null for none."""
     api_keys: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Keys of which clients must send one; the variable `CLIPFLEET_API_KEYS` (comma-separated) adds to them. Without any the
+    service asks for none."""
     api_keys_file: str | None = None
+    """A file of [named keys](configuration.md#args). With null it is the variable `CLIPFLEET_API_KEYS_FILE`, if that is set."""
     cors_origins: tuple[str, ...] = ()
+    """Origins whose pages may call the service, such as `["https://shop.example"]`; `["*"]` for all."""
     log_format: LogFormat = "text"
+    """Of the replicas' logs, where Ray keeps them; `json` is one object a line. `X-Request-Id` is part of either."""
     page: bool = True
+    """Whether there is the page at `/` ([what is on it](search.md#the-page))."""
 
     @field_validator("api_keys")
     @classmethod
@@ -175,14 +216,12 @@ class ServiceSettings(Settings):
 
 
 class BatchSettings(Settings):
-    """The `user_config` of an encoder: may change while it runs.
-
-    `max_batch_size` counts items; `batch_wait_timeout_s` is how long a batch that is not full waits for
-    company while the model is idle.
-    """
+    """The `user_config` of an encoder, which may change while it runs."""
 
     max_batch_size: Count = 32
+    """Items in one forward pass."""
     batch_wait_timeout_s: Annotated[float, Field(ge=0, le=5)] = 0.0
+    """Seconds that a batch which is not full waits for company while the model is idle."""
 
 
 def parse(kind: type[BaseModel], values: dict[str, Any] | None, where: str) -> Any:
@@ -226,158 +265,3 @@ def _located(search: SearchSettings | None) -> SearchSettings | None:
     place = place_of(search.qdrant)
     key = search.qdrant_api_key or os.environ.get("QDRANT_API_KEY") or None
     return search.model_copy(update={"qdrant": place, "qdrant_api_key": key})
-
-
-def check_batching(
-    deployment: str, batch: BatchSettings, max_ongoing_requests: int, target_ongoing_requests: float | None
-) -> None:
-    """Refuse settings of an encoder that contradict each other; the error names both."""
-    if max_ongoing_requests < batch.max_batch_size:
-        raise SettingsError(
-            f"{deployment}: max_ongoing_requests {max_ongoing_requests} is below max_batch_size "
-            f"{batch.max_batch_size} x max_concurrent_batches 1, so batches can never fill. "
-            f"Raise max_ongoing_requests to {batch.max_batch_size} or more (twice that keeps the model busy), "
-            "or lower max_batch_size"
-        )
-    if target_ongoing_requests is not None and target_ongoing_requests < batch.max_batch_size:
-        raise SettingsError(
-            f"{deployment}: target_ongoing_requests {target_ongoing_requests:g} is below max_batch_size "
-            f"{batch.max_batch_size}, so replicas are added before batches fill. "
-            f"Raise target_ongoing_requests to {batch.max_batch_size} or more, or lower max_batch_size"
-        )
-
-
-def check_scaling(deployment: str, max_ongoing_requests: int, target_ongoing_requests: float | None) -> None:
-    """Refuse settings of any deployment that contradict each other; the error names both."""
-    if target_ongoing_requests is not None and target_ongoing_requests > max_ongoing_requests:
-        raise SettingsError(
-            f"{deployment}: target_ongoing_requests {target_ongoing_requests:g} is above max_ongoing_requests "
-            f"{max_ongoing_requests}, so replicas are never added. Lower the first or raise the second"
-        )
-
-
-class AutoscalingSettings(BaseModel):
-    """What is checked of an `autoscaling_config`; Serve checks the rest. The defaults are Serve's (ray 2.60)."""
-
-    min_replicas: Count = 1  # /readyz asks every deployment for a sign of life, so none may be scaled to nothing
-    max_replicas: Count = 1
-    target_ongoing_requests: Annotated[float, Field(gt=0)] = 2.0
-
-
-class DeploymentSettings(BaseModel):
-    """What is checked of an entry of `deployments:`; Serve checks the rest."""
-
-    name: Literal["Ingress", "ImageDecoder", "ImageEncoder", "TextEncoder"]
-    num_replicas: Count | Literal["auto"] | None = None
-    max_ongoing_requests: Count | None = None
-    autoscaling_config: AutoscalingSettings | None = None
-    ray_actor_options: dict[str, Any] | None = None
-    user_config: dict[str, Any] | None = None
-    max_queued_requests: int | None = None
-
-
-def check_deployment(entry: Any) -> str:
-    """Check one entry of `deployments:` and return its name; what it does not give is as deployments/graph.py has it."""
-    name = entry.get("name") if isinstance(entry, dict) else entry
-    if name not in DEPLOYMENTS:
-        raise SettingsError(f"there is no deployment {name!r}; the graph has {', '.join(DEPLOYMENTS)}")
-    options = parse(DeploymentSettings, entry, name)
-    scaling = options.autoscaling_config or (AutoscalingSettings() if options.num_replicas == "auto" else None)
-    ceiling = options.max_ongoing_requests or DEFAULT_MAX_ONGOING[name]
-    target = scaling.target_ongoing_requests if scaling else None
-    check_scaling(name, ceiling, target)
-    if (given := options.autoscaling_config) and given.min_replicas > given.max_replicas:
-        raise SettingsError(f"{name}: min_replicas {given.min_replicas} is above max_replicas {given.max_replicas}")
-    if name == "Ingress" and options.max_queued_requests is not None and options.max_queued_requests >= 0:
-        raise SettingsError("Ingress: max_queued_requests would refuse in plain text; use args.limits.inflight_items")
-    if name not in ENCODERS and options.user_config:
-        raise SettingsError(f"{name} takes no user_config; only {' and '.join(ENCODERS)} do")
-    if name in ENCODERS:
-        batch = parse(BatchSettings, options.user_config, f"{name}.user_config")
-        check_batching(name, batch, ceiling, target)
-        if options.ray_actor_options:
-            raise SettingsError(
-                f"{name}: ray_actor_options would replace what args set; use args.gpus_per_replica and "
-                "args.cpus_per_replica instead"
-            )
-    return name
-
-
-def check_one_ingress(settings: ServiceSettings, replicas: int) -> None:
-    """Refuse several ingress replicas that would open one folder of Qdrant's."""
-    if settings.search is not None and "://" not in settings.search.qdrant and replicas > 1:
-        raise SettingsError(
-            f"args.search.qdrant is a folder, which one process opens, and Ingress may have {replicas} replicas. Give the URL "
-            "of a Qdrant server, or Ingress one replica"
-        )
-
-
-DEFAULT_MAX_ONGOING = {"Ingress": 10_000, "ImageDecoder": 64, "ImageEncoder": 256, "TextEncoder": 256}
-
-
-def read_config(source: str) -> dict[str, Any]:
-    """Read a Serve config file by path, or a packaged one by bare name (`demo`), and check it whole.
-
-    Raises SettingsError. Nothing of Ray is imported or started for it.
-    """
-    path = config_path(source)
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SettingsError(f"config {source!r} cannot be read: {error}") from error
-    check_config(config, source)
-    return config
-
-
-def config_path(source: str) -> Path:
-    """Find a config file: an existing path, or a packaged name with or without `.yaml`."""
-    path = Path(source).expanduser()
-    if path.is_file():
-        return path
-    bare = path.name.removesuffix(".yaml")
-    if path.parent == Path() or path.parent.name == "configs":
-        for folder in _packaged_folders():
-            for candidate in (folder / "configs" / f"{bare}.yaml", folder / f"{bare}.yaml"):
-                if candidate.is_file():
-                    return candidate
-    kinds = ("configs/*.yaml", "serve_config.yaml")
-    names = sorted({file.stem for folder in _packaged_folders() for kind in kinds for file in folder.glob(kind)})
-    raise SettingsError(f"there is no config file {source!r}; packaged ones are {', '.join(names)}")
-
-
-def _packaged_folders() -> list[Path]:
-    root = Path(__file__).parent.parent
-    return [root, root / "deployments"]  # a checkout keeps them at its top, the wheel inside deployments/
-
-
-def check_config(config: Any, source: str) -> None:
-    """Check every part of a config file that is ours, so that a mistake shows before Ray starts."""
-    applications = config.get("applications") if isinstance(config, dict) else None
-    if not isinstance(applications, list):
-        raise SettingsError(f"config {source!r} has no list `applications`")
-    if not all(isinstance(app, dict) and isinstance(app.get("name"), str) for app in applications):
-        raise SettingsError(f"config {source!r}: every application must be an object with a name")
-    ours = [app for app in applications if app["name"] == APPLICATION]
-    if len(ours) != 1:
-        raise SettingsError(f"config {source!r} must hold one application named {APPLICATION!r}, not {len(ours)}")
-    if ours[0].get("import_path") != IMPORT_PATH:
-        raise SettingsError(f"config {source!r}: import_path must be {IMPORT_PATH!r}")
-    http = config.get("http_options") or {}
-    port = http.get("port", 8000) if isinstance(http, dict) else None
-    if not isinstance(port, int) or not 1 <= port <= 65535:
-        raise SettingsError(f"config {source!r}: http_options must be an object, and its port a number from 1 to 65535")
-    arguments, deployments = ours[0].get("args") or {}, ours[0].get("deployments") or []
-    if not isinstance(arguments, dict) or not isinstance(deployments, list):
-        raise SettingsError(f"config {source!r}: args must be an object and deployments a list")
-    settings = service_settings(arguments)
-    try:
-        listed = [check_deployment(entry) for entry in deployments]
-        for entry in deployments:
-            if isinstance(entry, dict) and entry["name"] == "Ingress":
-                scaling = entry.get("autoscaling_config")
-                most = scaling.get("max_replicas", 1) if scaling else entry.get("num_replicas") or 1
-                check_one_ingress(settings, 100 if most == "auto" else most)
-        if len(set(listed)) < len(listed):
-            raise SettingsError("a deployment is listed twice")
-    except SettingsError as error:
-        raise SettingsError(f"config {source!r}: {error.message}") from None

@@ -43,11 +43,13 @@ def _codes(status: int, *, of_items: bool) -> list[str]:
     return codes_of(status) if status not in (400, 408) or (status == 400 and of_items) else ["invalid_request"]
 
 
-def answers(good: type[BaseModel], statuses: tuple[int, ...]) -> dict[int | str, dict[str, Any]]:
-    """The `responses` of a route that answers `good`, or an error with one of `statuses`."""
+def answers(
+    good: type[BaseModel], statuses: tuple[int, ...], problem: type[BaseModel] = ErrorResponse
+) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of a route that answers `good`, or an error with one of `statuses`, worded as `problem`."""
     problems = {
         status: {
-            "model": ErrorResponse,
+            "model": problem,
             "description": f"{_WHEN[status]} Codes: {', '.join(_codes(status, of_items=413 in statuses))}.",
             "headers": _HEADERS.get(status, {}) | _FINGERPRINT,
         }

@@ -14,12 +14,16 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from loguru import logger
 
 from clipfleet.errors import ClipfleetError, DeadlineExceeded, Unavailable
 from clipfleet.settings import BatchSettings
+from deployments import tracing
+
+if TYPE_CHECKING:
+    from opentelemetry.context import Context
 
 
 class Observer(Protocol):
@@ -36,6 +40,7 @@ class _Call:
     deadline: float  # time.time()
     done: asyncio.Future[list[Any]]
     quiet: bool
+    trace: Context | None
     arrived: float = field(default_factory=time.monotonic)
     taken: int = 0
     outcomes: dict[int, Any] = field(default_factory=dict)
@@ -74,11 +79,14 @@ class Batcher:
         """Wait for what enqueue promises."""
         return await self.enqueue(items, deadline, quiet=quiet)
 
-    def enqueue(self, items: Sequence[Any], deadline: float, *, quiet: bool = False) -> asyncio.Future[list[Any]]:
+    def enqueue(
+        self, items: Sequence[Any], deadline: float, *, quiet: bool = False, trace: Context | None = None
+    ) -> asyncio.Future[list[Any]]:
         """One outcome an item, in order: what `forward` made of it, or a ClipfleetError. Cancelling drops what still waits.
 
         `deadline` is wall-clock time (time.time()), because it comes from another process. Items still waiting
-        then are dropped. `quiet` keeps a call out of the observer's figures (a probe is no traffic).
+        then are dropped. `quiet` keeps a call out of the observer's figures (a probe is no traffic); `trace` is what its spans
+        belong to.
         """
         done: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
         if not items:
@@ -86,7 +94,7 @@ class Batcher:
             return done
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work())
-        self._waiting.append(_Call(items, deadline, done, quiet))
+        self._waiting.append(_Call(items, deadline, done, quiet, trace))
         self._arrival.set()
         return done
 
@@ -146,9 +154,13 @@ class Batcher:
             outcomes = [error] * len(batch)
         except Exception as error:
             outcomes = [model_failure(error)] * len(batch)
+        ended = time.monotonic()
         counted = [started - call.arrived for call, _ in batch if not call.quiet]
         if counted:
-            self._observe(len(counted), counted, time.monotonic() - started)
+            self._observe(len(counted), counted, ended - started)
+        for call in {id(call): call for call, _ in batch}.values():
+            tracing.record("wait for the model", call.trace, call.arrived, started)
+            tracing.record("forward pass", call.trace, started, ended, batch=len(batch))
         for (call, index), outcome in zip(batch, outcomes, strict=True):
             call.settle(index, outcome)
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,9 +19,12 @@ from clipfleet.decode_process import DecodeProcess
 from clipfleet.errors import ClipfleetError, DeadlineExceeded, ImageCrashedDecoder, ImageError
 from clipfleet.images import ImageLimits, decoding_bytes, open_image, to_picture
 from clipfleet.settings import ServiceSettings
-from deployments import logs, memory
+from deployments import logs, memory, tracing
 from deployments.metrics import decode_seconds
 from deployments.own_config import check_own_scaling
+
+if TYPE_CHECKING:
+    from opentelemetry.context import Context
 
 _MOST_BYTES_A_PIXEL = 20  # of decoding_bytes, over all formats and modes
 
@@ -68,6 +72,7 @@ class DecoderReplica:
     def __init__(self, settings: ServiceSettings) -> None:
         check_own_scaling()
         logs.set_up(settings.log_format)
+        memory.share_one_heap()
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides GPUs from nobody who asks for none
         self._spec = find_checkpoint(settings.model, weights=False).pixels
         self._limits = image_limits(settings)
@@ -82,8 +87,8 @@ class DecoderReplica:
 
         `deadline` is wall-clock time; images whose turn comes later are not decoded.
         """
-        loop = asyncio.get_running_loop()
-        work = (loop.run_in_executor(self._threads, self._decode, image, deadline) for image in images)
+        loop, trace = asyncio.get_running_loop(), tracing.here()
+        work = (loop.run_in_executor(self._threads, self._decode, image, deadline, trace) for image in images)
         return list(await asyncio.gather(*work))
 
     async def decode_apart(self, images: Sequence[bytes], deadline: float) -> list[Pixels]:
@@ -97,18 +102,20 @@ class DecoderReplica:
             raise outcome
         return 0.0
 
-    def _decode(self, data: bytes, deadline: float) -> Pixels:
+    def _decode(self, data: bytes, deadline: float, trace: Context | None) -> Pixels:
         if time.time() >= deadline:
             return DeadlineExceeded("the deadline passed while the image waited to be decoded")
-        began = time.perf_counter()
+        began = time.monotonic()
         try:
             with open_image(data, self._limits) as image, self._budget.hold(decoding_bytes(image)):
                 return to_picture(image, self._spec, self._limits).pixels
         except ImageError as error:
             return error
         finally:
+            ended = time.monotonic()
+            tracing.record("decode an image", trace, began, ended, bytes=len(data))
             if data is not _PROBE:
-                self._seconds.observe(max(time.perf_counter() - began, 1e-6))
+                self._seconds.observe(max(ended - began, 1e-6))
             memory.return_unused()
 
     def _decode_apart(self, images: Sequence[bytes], deadline: float) -> list[Pixels]:

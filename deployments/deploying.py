@@ -14,8 +14,8 @@ from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
+from clipfleet.config_file import APPLICATION
 from clipfleet.errors import SettingsError, SetupError
-from clipfleet.settings import APPLICATION
 from deployments.private_ray import LOOPBACK, is_lost, leave_at_once
 
 NAMES = (APPLICATION, f"{APPLICATION}_next")  # those of a command: two take turns when one replaces the other
@@ -28,12 +28,15 @@ STOP_S = 20  # and all the rest of a stop
 
 
 def schema_of(config: dict[str, Any]) -> Any:
-    """The config as Serve's own type, which checks what clipfleet.settings leaves to it. Raises SettingsError."""
+    """The config as Serve's own type, which checks what clipfleet.config_file leaves to it. Raises SettingsError."""
     from pydantic import ValidationError
     from ray.serve.config import AutoscalingConfig
-    from ray.serve.schema import DeploymentSchema, ServeApplicationSchema, ServeDeploySchema
+    from ray.serve.schema import DeploymentSchema, ServeApplicationSchema, ServeDeploySchema, TracingConfig
+
+    from deployments import tracing
 
     _refuse_unknown(config, ServeDeploySchema, "")  # Serve passes over what it does not know, a slip of the pen too
+    _refuse_unknown(config.get("tracing_config"), TracingConfig, "tracing_config.")
     for application in config["applications"]:
         _refuse_unknown(application, ServeApplicationSchema, "")
         for deployment in application.get("deployments") or []:
@@ -41,10 +44,14 @@ def schema_of(config: dict[str, Any]) -> Any:
             _refuse_unknown(deployment, DeploymentSchema, where)
             _refuse_unknown(deployment.get("autoscaling_config"), AutoscalingConfig, f"{where}autoscaling_config.")
     try:
-        return ServeDeploySchema.model_validate(config)
+        schema = ServeDeploySchema.model_validate(config)
     except ValidationError as error:
         problems = (f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors())
         raise SettingsError("; ".join(problems)) from None
+    traces = schema.tracing_config
+    if traces is not None and traces.enabled and traces.exporter_import_path == tracing.EXPORTERS:
+        tracing.check_installed()
+    return schema
 
 
 def _refuse_unknown(values: Any, kind: Any, where: str) -> None:

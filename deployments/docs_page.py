@@ -12,23 +12,28 @@ import orjson
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from deployments.schemas import EmbeddingsRequest, RankRequest, SearchRequest
+from deployments.schemas import EmbeddingsRequest, RankRequest, SearchRequest, Wire
+from deployments.weaviate import VectorizeRequest
 
 _REF = "#/components/schemas/"
 _FILES = {
     "type": "object",
-    "properties": {"files": {"type": "array", "items": {"type": "string", "format": "binary"}}},
+    "properties": {
+        "files": {"type": "array", "items": {"type": "string", "format": "binary"}, "description": "Images, in order."}
+    },
 }
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
-_BODIES: dict[str, dict[str, Any]] = {
-    "/v1/embeddings": {"application/json": {"schema": {"$ref": _REF + "EmbeddingsRequest"}}},
-    "/v1/embeddings/images": {
-        "image/*": _BINARY,
-        "application/octet-stream": _BINARY,
-        "multipart/form-data": {"schema": _FILES, "encoding": {"files": {"contentType": "image/*"}}},
-    },
-    "/v1/rank": {"application/json": {"schema": {"$ref": _REF + "RankRequest"}}},
-    "/v1/search": {"application/json": {"schema": {"$ref": _REF + "SearchRequest"}}},
+_UPLOAD: dict[str, Any] = {
+    "image/*": _BINARY,
+    "application/octet-stream": _BINARY,
+    "multipart/form-data": {"schema": _FILES, "encoding": {"files": {"contentType": "image/*"}}},
+}
+_JSON_BODIES: dict[str, type[Wire]] = {
+    "/v1/embeddings": EmbeddingsRequest,
+    "/v1/rank": RankRequest,
+    "/v1/search": SearchRequest,
+    "/embeddings": EmbeddingsRequest,  # InfinityRequest has the same fields
+    "/vectorize": VectorizeRequest,
 }
 _DEADLINE = {
     "name": "X-Deadline-Ms",
@@ -62,15 +67,14 @@ def _document(app: FastAPI, asks_keys: bool) -> dict[str, Any]:
         routes=app.routes,
     )
     known, paths = document["components"]["schemas"], document["paths"]
-    for kind in (EmbeddingsRequest, RankRequest, SearchRequest):
+    _add_body(paths["/v1/embeddings/images"]["post"], _UPLOAD)
+    for path, kind in _JSON_BODIES.items():
+        if path not in paths:  # one of another service, or /v1/search where there is no collection
+            continue
         schema = kind.model_json_schema(ref_template=_REF + "{model}")
         known.update(schema.pop("$defs", {}))
         known[kind.__name__] = schema
-    for path, content in _BODIES.items():
-        if path not in paths:  # /v1/search, where there is no collection
-            continue
-        paths[path]["post"]["requestBody"] = {"required": True, "content": content}
-        paths[path]["post"].setdefault("parameters", []).append(_DEADLINE)
+        _add_body(paths[path]["post"], {"application/json": {"schema": {"$ref": _REF + kind.__name__}}})
     _without_the_frameworks_errors(document)
     npy = paths["/v1/embeddings/images"]["post"]["responses"]["200"]
     npy["content"]["application/x-npy"] = _BINARY
@@ -84,6 +88,11 @@ def _document(app: FastAPI, asks_keys: bool) -> dict[str, Any]:
             if "401" in operation["responses"]:
                 operation["security"] = [{"apiKey": []}]
     return document
+
+
+def _add_body(operation: dict[str, Any], content: dict[str, Any]) -> None:
+    operation["requestBody"] = {"required": True, "content": content}
+    operation.setdefault("parameters", []).append(_DEADLINE)
 
 
 def _without_the_frameworks_errors(document: dict[str, Any]) -> None:

@@ -15,13 +15,15 @@ from clipfleet import threads
 from clipfleet.checkpoint import find_checkpoint
 from clipfleet.fingerprint import fingerprint
 from clipfleet.settings import BatchSettings, ServiceSettings, parse
-from deployments import logs, memory
+from deployments import logs, memory, tracing
 from deployments.batching import Batcher
 from deployments.imports import encoder_class
 from deployments.metrics import SECONDS
 from deployments.own_config import own_batching
 
 if TYPE_CHECKING:
+    from opentelemetry.context import Context
+
     from clipfleet.encoder import Tower
 
 # Ray keeps a histogram's buckets alone and makes its sum from their middles. With an edge on either side of a size the
@@ -89,13 +91,15 @@ class EncoderReplica:
     # Serve's own batch has no wait and stays small: it only hands calls that arrived together to the batcher,
     # which joins everything that waits when the model falls free. 8 x 32 is max_ongoing_requests.
     @serve.batch(max_batch_size=8, batch_wait_timeout_s=0, max_concurrent_batches=32)
-    async def _together(self, calls: list[tuple[Sequence[Any], float]]) -> list[asyncio.Future[list[Any]]]:
+    async def _together(
+        self, calls: list[tuple[Sequence[Any], float, Context | None]]
+    ) -> list[asyncio.Future[list[Any]]]:
         # Futures, so that a short call does not wait for a long one that happened to arrive with it.
-        return [self._batcher.enqueue(items, deadline) for items, deadline in calls]
+        return [self._batcher.enqueue(items, deadline, trace=trace) for items, deadline, trace in calls]
 
     async def encode(self, items: Sequence[Any], deadline: float) -> Encoded:
         """Encode pixels (uint8 (H, W, 3) each) or texts."""
-        outcomes = await (await self._together((items, deadline)))
+        outcomes = await (await self._together((items, deadline, tracing.here())))
         return Encoded(self._fingerprint, outcomes, self._mean_batch)
 
     async def probe(self, deadline: float) -> float:

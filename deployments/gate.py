@@ -26,7 +26,7 @@ from clipfleet.errors import (
     Unavailable,
 )
 from clipfleet.keys import KeyRing
-from deployments import web
+from deployments import tracing, web
 from deployments.bodies import invalid
 from deployments.haproxy_wrapper import HEALTH_PATHS
 from deployments.metrics import RequestMetrics
@@ -80,7 +80,7 @@ class Gate:
                     MutableHeaders(scope=message).setdefault(FINGERPRINT_HEADER, fingerprint)
             await send(message)
 
-        with logger.contextualize(request=name):
+        with logger.contextualize(request=name, **tracing.name()):
             try:
                 await self._pass(scope, receive, send_stamped)
             except Exception:

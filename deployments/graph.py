@@ -16,8 +16,9 @@ from loguru import logger
 from ray import serve
 from ray.serve import Application
 
+from clipfleet.config_file import DEFAULT_MAX_ONGOING
 from clipfleet.engines import settle_device
-from clipfleet.settings import DEFAULT_MAX_ONGOING, ServiceSettings, service_settings
+from clipfleet.settings import ServiceSettings, service_settings
 from deployments.decoder import DecoderReplica
 from deployments.encoder import EncoderReplica
 from deployments.ingress import Ingress

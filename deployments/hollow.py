@@ -12,7 +12,8 @@ import numpy as np
 from ray import serve
 from ray.serve import Application
 
-from clipfleet.settings import DEFAULT_MAX_ONGOING, ServiceSettings, service_settings
+from clipfleet.config_file import DEFAULT_MAX_ONGOING
+from clipfleet.settings import ServiceSettings, service_settings
 from deployments.encoder import Encoded, EncodedText
 from deployments.ingress import Ingress
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from clipfleet.errors import SettingsError, SetupError
+from clipfleet.ports import bind, claim_port
 from deployments import haproxy_revival
 from deployments.deploying import cause, deploy, schema_of, start_serve, stop, wait_for_proxies, wait_until_running
 from deployments.guardian import start_guardian
@@ -43,37 +44,9 @@ from deployments.upgrade import Deployed
 PORTS = range(20000, 32000, 100)
 
 
-def _bind(host: str, port: int) -> socket.socket:
-    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-    bound = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        # Lets a port in TIME_WAIT pass, but not one that somebody listens on, even with SO_REUSEPORT as HAProxy does.
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind((host, port))
-    except OSError:
-        bound.close()
-        raise
-    return bound
-
-
-def claim_port(host: str, port: int, option: str) -> socket.socket:
-    """Make sure that `port` is free, and keep other instances from it until the returned socket is closed."""
-    claim = socket.socket(socket.AF_UNIX)
-    try:
-        _bind(host, port).close()
-        if sys.platform.startswith("linux"):
-            claim.bind(f"\0clipfleet-port-{port}")  # abstract: nothing on disk, gone with this process
-    except OSError as error:
-        claim.close()
-        raise SetupError(
-            f"cannot listen on {host}:{port}: {error.strerror or error}. Choose another with {option}."
-        ) from None
-    return claim
-
-
 def _free(port: int) -> bool:
     with suppress(OSError):
-        _bind(LOOPBACK, port).close()
+        bind(LOOPBACK, port).close()
         return True
     return False
 
@@ -82,7 +55,7 @@ def claim_block() -> tuple[socket.socket, int]:
     """A block of free loopback ports. Its first one stays bound by the returned socket, which marks the block as taken."""
     for first in random.sample(PORTS, len(PORTS)):
         with suppress(OSError):
-            claim = _bind(LOOPBACK, first)
+            claim = bind(LOOPBACK, first)
             if all(_free(port) for port in range(first + 1, first + PORTS.step)):
                 return claim, first
             claim.close()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ray import serve
 
-from clipfleet.settings import BatchSettings, ServiceSettings, check_batching, check_one_ingress, check_scaling, parse
+from clipfleet.config_file import check_batching, check_one_ingress, check_scaling
+from clipfleet.settings import BatchSettings, ServiceSettings, parse
 
 
 def check_own_scaling() -> tuple[str, int, float | None]:

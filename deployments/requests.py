@@ -17,6 +17,7 @@ from starlette.requests import Request
 
 from clipfleet.errors import BodyTooLarge, DeadlineExceeded, InputError, ModelNotFound, ServiceError, Unavailable
 from clipfleet.settings import ServiceSettings
+from deployments import tracing
 from deployments.admission import Admission
 from deployments.bodies import Body, parse_json
 from deployments.cache import VectorCache
@@ -119,11 +120,14 @@ class Requests:
 
     async def in_time(self, asked: Asked, reading: Awaitable[T]) -> T:
         """What is read of the request. Raises DeadlineExceeded."""
+        began = time.monotonic()
         try:
             async with asyncio.timeout(asked.seconds_left):
                 return await reading
         except TimeoutError:
             raise DeadlineExceeded("the deadline passed before the whole request had arrived") from None
+        finally:
+            tracing.record("read the request", tracing.here(), began, time.monotonic())
 
     @property
     def fingerprint(self) -> str | None:

@@ -15,9 +15,12 @@ Modality = Literal["text", "image"]
 
 
 class Wire(BaseModel):
-    """Base of everything on the wire. Unknown fields are passed over, as OpenAI's clients expect."""
+    """Base of everything on the wire. Unknown fields are passed over, as OpenAI's clients expect.
 
-    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+    What stands below a field is its description.
+    """
+
+    model_config = ConfigDict(extra="ignore", protected_namespaces=(), use_attribute_docstrings=True)
 
 
 class TextItem(Wire):
@@ -28,10 +31,11 @@ class TextItem(Wire):
 
 
 class ImageItem(Wire):
-    """An image among mixed inputs: a data URI, bare base64, or an http(s) address where those are switched on."""
+    """An image among mixed inputs."""
 
     model_config = ConfigDict(extra="forbid")
     image: StrictStr
+    """A data URI, bare base64, or an http(s) address where those are switched on."""
 
 
 ITEM_TYPES = (TextItem, ImageItem)  # those with fields
@@ -43,28 +47,36 @@ Items = Annotated[list[Item], Field(fail_fast=True)]
 class Options(Wire):
     """What every embedding route accepts."""
 
-    model: Annotated[StrictStr | None, Field(description="Optional; must be the served model's id.")] = None
+    model: StrictStr | None = None
+    """If given, the served model's id."""
     encoding_format: EncodingFormat = "float"
-    dtype: Annotated[DType, Field(description="Of base64 and .npy answers; little-endian.")] = "float32"
-    on_error: Annotated[
-        OnError, Field(description="fail: the first bad item decides the answer. partial: one entry an item.")
-    ] = "fail"
+    """`base64` is of the vector's little-endian bytes."""
+    dtype: DType = "float32"
+    """Of base64 and .npy; JSON floats refuse `float16`."""
+    on_error: OnError = "fail"
+    """`fail`: the first bad item decides the answer. `partial`: it is 200, with one entry an item."""
 
 
 class EmbeddingsRequest(Options):
     """`POST /v1/embeddings`: OpenAI's shape, with images."""
 
     input: Item | Items
-    modality: Annotated[Modality, Field(description="What plain strings are.")] = "text"
-    dimensions: Annotated[StrictInt | None, Field(description="Must equal the checkpoint's dimension.")] = None
+    """One item or many, in order."""
+    modality: Modality = "text"
+    """What plain strings are."""
+    dimensions: StrictInt | None = None
+    """If given, the checkpoint's dimension."""
 
 
 class RankRequest(Wire):
-    """`POST /v1/rank`: a query and candidates, each a text (a plain string too) or an image."""
+    """`POST /v1/rank`: a query and candidates. A plain string is a text."""
 
     model: StrictStr | None = None
+    """If given, the served model's id."""
     query: Item
+    """What the candidates are compared with."""
     candidates: Items
+    """What is ranked."""
 
 
 class WeightedItem(Wire):
@@ -73,8 +85,11 @@ class WeightedItem(Wire):
     model_config = ConfigDict(extra="forbid")
     text: StrictStr | None = None
     image: StrictStr | None = None
-    id: Annotated[StrictStr | None, Field(description="A row that is in the collection: more like this.")] = None
-    weight: Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False, description="Below 0: unlike this.")] = 1.0
+    """A data URI, bare base64, or an http(s) address where those are switched on."""
+    id: StrictStr | None = None
+    """A row that is in the collection: more like this."""
+    weight: Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)] = 1.0
+    """Below 0: unlike this."""
 
     @model_validator(mode="after")
     def _one(self) -> WeightedItem:
@@ -84,22 +99,30 @@ class WeightedItem(Wire):
 
 
 class SearchRequest(Wire):
-    """`POST /v1/search`: a text, or a list of texts, images and ids of rows, each with a weight."""
+    """`POST /v1/search`."""
 
     model: StrictStr | None = None
+    """If given, the served model's id."""
     query: StrictStr | WeightedItem | Annotated[list[WeightedItem], Field(min_length=1, max_length=16, fail_fast=True)]
+    """A text, or what else to search for, one thing or several. Their vectors are added by their weights."""
     limit: Annotated[StrictInt, Field(ge=1, le=1000)] = 10
+    """How many rows."""
     offset: Annotated[StrictInt, Field(ge=0, le=100_000)] = 0
-    filter: Annotated[dict[str, Any] | None, Field(description="Of the payload, as Qdrant writes filters.")] = None
-    thumbnails: Annotated[bool, Field(description="Whether payloads come with their thumbnails.")] = False
+    """From which row on."""
+    filter: dict[str, Any] | None = None
+    """Of the payload, as [Qdrant writes filters](https://qdrant.tech/documentation/concepts/filtering/)."""
+    thumbnails: bool = False
+    """Whether payloads come with their thumbnails."""
 
 
 class SearchResult(Wire):
     """One row, best first."""
 
     id: str
-    score: Annotated[float, Field(description="Cosine to the query, -1..1.")]
+    score: float
+    """Cosine to the query, -1..1."""
     payload: dict[str, Any]
+    """What the collection keeps of it."""
 
 
 class SearchResponse(Wire):
@@ -119,12 +142,15 @@ class ItemError(Wire):
 
 
 class Embedding(Wire):
-    """One item's vector: floats, or base64 over little-endian bytes; null with `error` in partial mode."""
+    """One item's vector."""
 
     object: Literal["embedding"] = "embedding"
     index: int
+    """Of the item in the request, from 0."""
     embedding: list[float] | str | None
-    truncated: Annotated[bool | None, Field(description="true where a text was longer than the context.")] = None
+    """Floats, or base64 of their bytes; null where there is an error, in partial mode."""
+    truncated: bool | None = None
+    """true where a text was longer than the context, and cut."""
     error: ItemError | None = None
 
 
@@ -149,8 +175,11 @@ class RankResult(Wire):
     """One candidate, best first."""
 
     index: int
-    score: Annotated[float, Field(description="Cosine, -1..1.")]
+    """Of the candidate in the request, from 0."""
+    score: float
+    """Cosine to the query, -1..1."""
     probability: float
+    """By the model's own scale: for CLIP a softmax over the candidates, for SigLIP a sigmoid, each candidate on its own."""
 
 
 class RankResponse(Wire):
@@ -168,10 +197,15 @@ class Model(Wire):
     id: str
     object: Literal["model"] = "model"
     revision: str | None
+    """The hub's commit; null where the checkpoint is not from there."""
     dimension: int
+    """Of its vectors."""
     context_length: int
+    """Tokens of a text; what is longer is cut."""
     image_size: int
+    """Pixels of a side, to which pictures are resized."""
     fingerprint: str
+    """What makes vectors comparable."""
     precision: str
     engine: str
 
@@ -199,30 +233,39 @@ class Stats(Wire):
     """What `/v1/stats` answers: the figures of the ingress replica that was asked, and all replicas."""
 
     model: Model
-    search: Annotated[bool, Field(description="Whether /v1/search has a collection.")]
+    search: bool
+    """Whether `/v1/search` has a collection."""
     items_per_second: ByTower
+    """Computed, over the last 10 s."""
     in_flight: ByTower
+    """Items that the replica holds."""
     batch: ByTower
+    """Mean sizes of the encoders' last batches."""
     replicas: dict[str, int]
+    """Running ones, by deployment."""
 
 
 class Health(Wire):
     """What `/healthz` and `/readyz` answer."""
 
     status: str
+    """`alive`, `ready` or `not ready`."""
     deployments: dict[str, str]
+    """Of each one `ready`, `starting`, or how long it has had no success."""
 
 
 class ErrorDetail(Wire):
-    """OpenAI's error body."""
+    """What went wrong."""
 
     message: str
     type: str
+    """OpenAI's name for the status."""
     code: str
     param: str | None
+    """The field, or the item such as `input[3]`, that is wrong."""
 
 
 class ErrorResponse(Wire):
-    """Every answer of 400 and above."""
+    """OpenAI's error body."""
 
     error: ErrorDetail

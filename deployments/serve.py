@@ -16,10 +16,11 @@ from typing import Any
 import httpx
 
 from clipfleet.checkpoint import EMBEDDED, find_checkpoint
+from clipfleet.config_file import APPLICATION, check_config
 from clipfleet.errors import ClipfleetError, SettingsError, SetupError
 from clipfleet.fingerprint import fingerprint
 from clipfleet.keys import KeyRing
-from clipfleet.settings import APPLICATION, ServiceSettings, check_config, service_settings
+from clipfleet.settings import ServiceSettings, service_settings
 from deployments import signals
 from deployments.local_ray import Service, local_service
 

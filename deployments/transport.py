@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from clipfleet.config_file import APPLICATION
 from clipfleet.errors import SetupError
 from clipfleet.load import Load, image_request, run_load
-from clipfleet.settings import APPLICATION
 from deployments.local_ray import local_service
 from deployments.serve import wait_until_ready
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clipfleet.config_file import APPLICATION
 from clipfleet.errors import SetupError
-from clipfleet.settings import APPLICATION
 from deployments.deploying import NAMES, ask_ingresses, deploy, finish_requests, schema_of, wait_until_running
 
 NEXT, PREVIOUS = "/-clipfleet-next", "/-clipfleet-previous"  # prefixes of the one that waits, and of the one that goes

@@ -39,6 +39,7 @@ CRASHING = b"clipfleet: end this process"  # injected/sitecustomize.py
 FORWARD_S = 4
 GAP_S = 2.0
 GROWN_MB = 50.0
+SETTLED_S = 20.0  # decoders give back what is free every 10 s, with the probe that they are asked next
 BODY_BYTES = 4 * 2**20
 SIDE = 1182  # pixels of an uncompressed picture of just under 4 MiB
 PROCESSES = (
@@ -259,7 +260,7 @@ def _leaving(served: Served, shown: Sequence[Picture], count: int) -> Seen:
             thread.join()
         for connection in half_open:
             connection.close()
-    time.sleep(5)
+    time.sleep(SETTLED_S)
     return seen
 
 

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from typer.main import get_command
 
 import clipfleet
+from clipfleet.cli import app
 from clipfleet.encoder import Encoder
 
 COMMAND = Path(sys.executable).parent / "clipfleet"
+NAMES = ["serve", "embed", "index", "duplicates", "encode", "models", "bench", "plan", "doctor"]
+PAGE = Path(__file__).parent.parent / "docs" / "commands.md"
 
 
 def run(*arguments: str | Path, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -23,17 +30,36 @@ def run(*arguments: str | Path, cwd: Path | None = None, **variables: str) -> su
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd, env=environment)
 
 
-@pytest.mark.parametrize("command", ["serve", "embed", "encode", "models", "bench", "plan", "doctor", "index"])
+def every(command: Any, path: str = "clipfleet") -> Iterator[tuple[str, Any]]:
+    """Each command, with those under it."""
+    yield path, command
+    for name, under in getattr(command, "commands", {}).items():
+        yield from every(under, f"{path} {name}")
+
+
+@pytest.mark.parametrize("command", NAMES)
 def test_help_has_an_example_that_starts_with_the_command(command: str) -> None:
     done = run(command, "--help")
     assert done.returncode == 0 and f"clipfleet {command}" in done.stdout.partition("Example")[2]
 
 
+def test_each_command_argument_and_option_has_a_help_text() -> None:
+    found = dict(every(get_command(app)))
+    assert {"clipfleet", "clipfleet serve", "clipfleet keys", "clipfleet keys add"} <= found.keys()
+    texts = {path: command.help for path, command in found.items()}
+    texts |= {f"{path} {each.name}": each.help for path, command in found.items() for each in command.params}
+    assert [name for name, text in texts.items() if not text] == []
+
+
+def test_the_commands_stand_in_one_order_here_and_on_their_page() -> None:
+    _, *paths = (path.split() for path, _ in every(get_command(app)))
+    assert [name for _, name, *under in paths if not under] == [*NAMES, "keys"]
+    assert re.findall(r"^\| `(\w+)`", PAGE.read_text(), re.MULTILINE) == [*NAMES, "keys"]
+
+
 def test_the_commands_and_the_version() -> None:
     listed = run("--help").stdout
-    assert all(
-        command in listed for command in ("serve", "embed", "encode", "models", "bench", "plan", "doctor", "index")
-    )
+    assert all(command in listed for command in NAMES)
     assert run("--version").stdout == f"clipfleet {clipfleet.__version__}\n"
     assert run("nothing").returncode == 2
 

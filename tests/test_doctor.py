@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import socket
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from clipfleet.checkpoint import find_checkpoint
 from clipfleet.fingerprint import fingerprint
+from clipfleet.ports import claim_port
 from clipfleet.qdrant import Collection
+from tests.deployments.listener import in_thread
 from tests.test_cli import run
 
 TINY = fingerprint(find_checkpoint("tiny"))
@@ -24,6 +28,15 @@ def examine(*arguments: str | Path, status: int = 0, **variables: str) -> dict[s
     assert done.returncode == status, done.stdout + done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     return {each["about"]: (each["state"], each["said"]) for each in found}
+
+
+def config(folder: Path, *, http_options: dict[str, object] | None = None, **search: str) -> Path:
+    """A config file whose service searches there."""
+    file = folder / "mine.yaml"
+    arguments = {"model": "tiny", **({"search": search} if search else {})}
+    application = {"name": "clipfleet", "import_path": "deployments.graph:build", "args": arguments}
+    file.write_text(yaml.safe_dump({"http_options": http_options or {}, "applications": [application]}))
+    return file
 
 
 def test_this_machine() -> None:
@@ -66,7 +79,18 @@ def test_a_port_that_is_taken() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         found = run("doctor", "--port", str(port))
-    assert found.returncode == 1 and f"! port: {port} is not free" in found.stdout and "--port" in found.stdout
+    assert found.returncode == 1
+    assert f"! port: cannot listen on 127.0.0.1:{port}: Address already in use" in found.stdout
+    assert "Choose another with --port" in found.stdout
+
+
+def test_the_port_of_a_service_that_starts_and_does_not_listen_yet(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    file = config(tmp_path, http_options={"host": "127.0.0.2", "port": port})
+    with claim_port("127.0.0.1", port, "--port"):
+        found = run("doctor", file)
+    assert found.returncode == 1 and f"! port: cannot listen on 127.0.0.2:{port}: " in found.stdout
 
 
 @pytest.mark.parametrize(("made_by", "status"), [(TINY, 0), ("f00d", 1), (None, 1)])
@@ -101,3 +125,59 @@ def test_a_collection(tmp_path: Path) -> None:
     assert "f00d" in examine(*asked[:-1], "theirs", status=1)["collection"][1]
     assert "there is no collection" in examine(*asked[:-1], "nobodys", status=1)["collection"][1]
     assert "--model" in examine(*asked[2:], status=1)["index"][1]
+
+
+def test_the_collection_that_a_config_file_searches(tmp_path: Path) -> None:
+    place = tmp_path / "index" / "qdrant"
+    for name, made_by in (("images", TINY), ("theirs", "f00d")):
+        with Collection(str(place), name).opened() as points:
+            points.prepare(512, made_by)
+    index = str(tmp_path / "index")
+    good = ("good", f"images at {place}: by this very checkpoint; keep it")
+    assert examine(config(tmp_path, qdrant=index))["collection"] == good
+    assert examine(config(tmp_path, qdrant=index, collection="theirs"), "--collection", "images")["collection"] == good
+    for name, words in (("theirs", "f00d"), ("nobodys", "there is no collection 'nobodys'")):
+        state, said = examine(config(tmp_path, qdrant=index, collection=name), status=1)["collection"]
+        assert state == "problem" and words in said
+    away = config(tmp_path, qdrant="http://127.0.0.1:9")
+    assert examine(away, "--qdrant", place, "--collection", "images")["collection"] == good
+    nothing = examine(config(tmp_path, qdrant=str(tmp_path / "nothing")), status=1)["config"]
+    assert nothing[0] == "problem" and nothing[1].startswith(f"{str(tmp_path / 'nothing')!r} is no index")
+
+
+def test_a_folder_that_a_running_service_has_open(tmp_path: Path) -> None:
+    file = config(tmp_path, qdrant=str(tmp_path))
+    with Collection(str(tmp_path), "images").opened() as points:
+        points.prepare(512, TINY)
+        state, said = examine(file, status=1)["collection"]
+    assert state == "problem" and said.endswith("another process has opened this folder: a service, or a job")
+
+
+class Locked(BaseHTTPRequestHandler):
+    """A Qdrant server that wants a key and has no collections."""
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        may = self.headers.get("api-key") == "the-right-one"
+        content = b'{"time": 0, "status": "ok", "result": {"exists": false}}' if may else b"{}"
+        self.send_response(200 if may else 401)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+
+def test_a_server_that_wants_a_key_or_is_away(tmp_path: Path) -> None:
+    with in_thread(ThreadingHTTPServer(("127.0.0.1", 0), Locked)) as server:
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        keyed = config(tmp_path, qdrant=url, qdrant_api_key="the-right-one")
+        by_file = examine(keyed, status=1, QDRANT_API_KEY="another")["collection"]
+        by_environment = examine(config(tmp_path, qdrant=url), status=1, QDRANT_API_KEY="the-right-one")["collection"]
+        assert by_file == by_environment == ("problem", f"there is no collection 'images' at {url!r}")
+        refused = examine(config(tmp_path, qdrant=url, qdrant_api_key="a-wrong-one"), status=1)["collection"]
+        assert refused[1].startswith(f"Qdrant at {url!r} failed: ") and "401" in refused[1]
+        assert "a-wrong-one" not in refused[1]
+    state, said = examine(config(tmp_path, qdrant=url), status=1)["collection"]
+    assert state == "problem" and said.startswith(f"Qdrant at {url!r} failed: ")

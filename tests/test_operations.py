@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from clipfleet.settings import check_config, service_settings
+from clipfleet.config_file import check_config
+from clipfleet.settings import service_settings
 
 OPERATIONS = Path(__file__).parent.parent / "operations"
 CONSTRAINTS = (OPERATIONS.parent / "constraints.txt").read_text()

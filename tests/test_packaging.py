@@ -160,6 +160,21 @@ class TestLightInstall:
         assert f"clipfleet[{extra}]" in shown
         assert "Traceback" not in shown
 
+    def test_nothing_of_it_needs_posix(self, light: Path) -> None:
+        """What Python has on no Windows; the client is used there too."""
+        code = (
+            "import sys; sys.modules.update(dict.fromkeys(('fcntl', 'grp', 'pwd', 'resource', 'termios')));"
+            "import clipfleet.cli; from clipfleet import AsyncClient, Client; Client('http://127.0.0.1:9').close(); "
+            "sys.argv = ['clipfleet', '--version']; clipfleet.cli.run()"
+        )
+        done = run(light / "python", "-c", code, cwd=light)
+        assert done.stdout == f"clipfleet {clipfleet.__version__}\n", done.stderr
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    heading = re.search(r"^## \[(\S+)\] – (unreleased|\d{4}-\d\d-\d\d)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert heading is not None and heading[1] == clipfleet.__version__
+
 
 class TestPinnedSet:
     def test_every_package_of_every_extra_is_pinned_and_installed_so(self) -> None:

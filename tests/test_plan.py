@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from clipfleet.config_file import check_config, read_config
 from clipfleet.plan import Plan, Prices, Rates, best_batch
-from clipfleet.settings import check_config, read_config
 from tests.test_cli import run
 
 RATES = Rates(

@@ -14,7 +14,9 @@ from clipfleet.checkpoint import find_checkpoint
 from clipfleet.fingerprint import fingerprint
 from clipfleet.images import decode
 from clipfleet.qdrant import Collection
+from deployments.tracing import EXPORTERS
 from jobs.encoding import thumbnail
+from tests.deployments.collector import Collector, collecting
 from tests.deployments.listener import Listener, listening
 from tests.deployments.service import ROOT, Service, serving
 from tests.library import Library
@@ -70,10 +72,17 @@ def collection(tmp_path_factory: pytest.TempPathFactory, files: list[bytes], lib
 
 
 @pytest.fixture(scope="package")
-def other_service(flags: Path, image_store: Listener, collection: Path) -> Iterator[Service]:
+def collector() -> Iterator[Collector]:
+    """What other_service sends its traces to."""
+    with collecting() as server:
+        yield server
+
+
+@pytest.fixture(scope="package")
+def other_service(flags: Path, image_store: Listener, collection: Path, collector: Collector) -> Iterator[Service]:
     """Another service of tiny: it caches images and no texts, takes 12 images a request and a forward pass of 2 s for one that
-    hangs, fetches images from image_store, searches the collection, lets pages of one origin ask, and has the faults of
-    faults/injected."""
+    hangs, fetches images from image_store, searches the collection, lets pages of one origin ask, follows the traces that
+    its clients ask for, and has the faults of faults/injected."""
     config = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
     config["applications"][0]["args"] |= {
         "limits": {"forward_s": 2, "images_per_request": 12},
@@ -82,7 +91,14 @@ def other_service(flags: Path, image_store: Listener, collection: Path) -> Itera
         "cache": {"text_bytes": 0, "image_bytes": 1_000_000},
         "image_urls": {"enabled": True, "ports": [image_store.port], "allowed_networks": ["127.0.0.9/32"]},
     }
+    config["tracing_config"] = {"enabled": True, "exporter_import_path": EXPORTERS, "sampling_ratio": 0}
     file = flags / "other.yaml"
     file.write_text(yaml.safe_dump(config))
-    with serving(file, PYTHONPATH=str(ROOT / "faults" / "injected"), FAULTS=str(flags)) as running:
+    variables = {
+        "PYTHONPATH": str(ROOT / "faults" / "injected"),
+        "FAULTS": str(flags),
+        "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url,
+        "OTEL_BSP_SCHEDULE_DELAY": "200",  # milliseconds
+    }
+    with serving(file, **variables) as running:
         yield running

@@ -116,6 +116,7 @@ def test_a_broken_picture_is_said_in_words(page: Page, tmp_path: Path) -> None:
     page.locator("#search-file").set_input_files(file)
     expect(page.locator("#search-said")).to_contain_text("truncated or damaged")
     expect(page.locator("#search-said")).to_have_class("wrong")
+    shot(page, "page-error")
     page.locator("#zero-file").set_input_files(file)
     expect(page.locator("#zero-said")).to_contain_text("truncated or damaged")
 
@@ -172,6 +173,16 @@ def test_on_a_phone_and_in_the_dark(browser: Browser, other_service: Service) ->
         expect(page.locator("#results li")).to_have_count(12)
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing stands out to the right"
         shot(page, "page-phone")
+
+
+def test_labels_in_the_dark(browser: Browser, other_service: Service, picture_files: list[Path]) -> None:
+    for page in opened(browser, other_service, viewport=DESK, color_scheme="dark"):
+        page.get_by_label("Labels, with commas").fill("a red circle, a purple star, a green ring")
+        page.locator("#zero-file").set_input_files(picture_files[1])
+        expect(page.locator("#bars li")).to_have_count(3)
+        expect(page.locator("#bars li").first).to_contain_text("a purple star")
+        expect(page.locator("#live div")).to_have_count(10)
+        shot(page, "page-dark")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
