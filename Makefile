@@ -76,7 +76,7 @@ dist: setup
 
 site: setup
 	@$(PIP_INSTALL) mkdocs-material==9.8.2
-	@$(BIN)/mkdocs build --quiet --strict --site-dir build/site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir build/site
 	@echo 'build/site/index.html'
 
 demo: setup

@@ -27,6 +27,10 @@ def read_config(source: str) -> dict[str, Any]:
     path = config_path(source)
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:  # its own words quote the line, which may hold a key
+        mark = error.problem_mark
+        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise SettingsError(f"config {source!r} is no YAML{where}: {error.problem}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingsError(f"config {source!r} cannot be read: {error}") from error
     check_config(config, source)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from clipfleet.config_file import APPLICATION, read_config
 from clipfleet.errors import ClipfleetError, SettingsError
 from clipfleet.extras import extras
 from clipfleet.ports import claim_port
-from clipfleet.qdrant import Collection, Points, place_of
+from clipfleet.qdrant import Collection, Points, place_of, shown
 from clipfleet.settings import SearchSettings, service_settings
 from clipfleet.threads import cores
 
@@ -119,6 +119,7 @@ def _installed() -> Iterator[Finding]:
 def _with_config(asked: Asked, config: str) -> Asked:
     """With what the config file says where nothing was asked for. Raises SettingsError."""
     content = read_config(config)
+    _check_the_rest(content)
     application = next(entry for entry in content["applications"] if entry["name"] == APPLICATION)
     settings = service_settings(application.get("args") or {})
     http = content.get("http_options") or {}
@@ -132,6 +133,14 @@ def _with_config(asked: Asked, config: str) -> Asked:
         host=str(http.get("host") or asked.host),
         port=asked.port or http.get("port"),
     )
+
+
+def _check_the_rest(content: dict[str, Any]) -> None:
+    """What Serve checks of a config file. Raises SettingsError."""
+    with suppress(ModuleNotFoundError):  # an install without Serve has no use for it
+        from deployments.deploying import schema_of
+
+        schema_of(content)
 
 
 def _with_search(asked: Asked, search: SearchSettings | None) -> Asked:
@@ -216,6 +225,6 @@ def _collection(place: str, name: str | None, api_key: str | None, model: str, e
     looking = Points(Collection(place_of(place), name, api_key), patience_s=0, tries=1, timeout_s=_TIMEOUT_S)
     with closing(looking) as points:
         if not points.exists():
-            raise SettingsError(f"there is no collection {name!r} at {place!r}")
+            raise SettingsError(f"there is no collection {name!r} at {shown(place)!r}")
         points.check(_fingerprint(model, exif_orientation))
-    return f"{name} at {place}: by this very checkpoint; keep it"
+    return f"{name} at {shown(place)}: by this very checkpoint; keep it"

@@ -27,14 +27,15 @@ def claim_port(host: str, port: int, option: str) -> socket.socket:
 
     Raises SetupError, which names the option that chooses another one.
     """
-    claim = socket.socket(socket.AF_UNIX)
+    linux = sys.platform.startswith("linux")
+    claim = socket.socket(socket.AF_UNIX if linux else socket.AF_INET)
     try:
         bind(host, port).close()
-        if sys.platform.startswith("linux"):
+        if linux:
             claim.bind(f"\0clipfleet-port-{port}")  # abstract: nothing on disk, gone with this process
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the second is of a name that is none
         claim.close()
         raise SetupError(
-            f"cannot listen on {host}:{port}: {error.strerror or error}. Choose another with {option}."
+            f"cannot listen on {host}:{port}: {getattr(error, 'strerror', None) or error}. Choose another with {option}."
         ) from None
     return claim

@@ -7,7 +7,7 @@ the collection has its rows.
 
 from __future__ import annotations
 
-import fcntl
+import re
 import time
 import uuid
 import warnings
@@ -61,6 +61,11 @@ def index_folder(folder: Path) -> Path:
     return folder / "qdrant"
 
 
+def shown(place: str) -> str:
+    """A place for messages: a URL without the name and password that may stand in it."""
+    return re.sub(r"://[^/@]*@", "://", place)
+
+
 def place_of(index: str) -> str:
     """The Qdrant of an index: a URL, a folder of `clipfleet index`, or a folder of Qdrant's own. Raises SettingsError."""
     if "://" in index:
@@ -102,7 +107,7 @@ class Points:
         timeout_s: int = _TIMEOUT_S,
     ) -> None:
         self._timeout_s = timeout_s
-        self._name, self._place, self._is_folder = collection.name, collection.place, collection.is_folder
+        self._name, self._place, self._is_folder = collection.name, shown(collection.place), collection.is_folder
         self._tries = tries
         self._client = self._connect(collection, _LOCKED_S if patience_s is None else patience_s)
 
@@ -252,6 +257,8 @@ class Points:
 
 def _check_lock(folder: Path) -> None:
     """Raise RuntimeError while another process has the folder: Qdrant's client reads all of it before it asks."""
+    import fcntl  # only where services and jobs run
+
     lock = folder / ".lock"
     if lock.is_file():
         with lock.open() as file:
@@ -272,6 +279,9 @@ def _client(collection: Collection, timeout_s: int) -> QdrantClient:
     # Such as that a key goes over plain HTTP, also on loopback, or that a folder is for small collections. Once and for all:
     # catch_warnings is not for threads.
     warnings.filterwarnings("ignore", category=UserWarning, module="qdrant_client")
+    warnings.filterwarnings(
+        "ignore", "Api key is used with an insecure connection", UserWarning
+    )  # said of our own line
     if collection.is_folder:
         path = str(Path(collection.place).expanduser().absolute())
         return QdrantClient(path=path, force_disable_check_same_thread=True)  # an actor's threads take turns

@@ -161,8 +161,8 @@ class ServiceSettings(Settings):
     search: SearchSettings | None = None
     """The collection that `/v1/search` searches; null for none."""
     api_keys: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Keys of which clients must send one; the variable `CLIPFLEET_API_KEYS` (comma-separated) adds to them. Without any the
-    service asks for none."""
+    """Keys of which clients must send one; the variable `CLIPFLEET_API_KEYS` (comma-separated) adds to them. Without any, and
+    without a file of them, the service asks for none."""
     api_keys_file: str | None = None
     """A file of [named keys](configuration.md#args). With null it is the variable `CLIPFLEET_API_KEYS_FILE`, if that is set."""
     cors_origins: tuple[str, ...] = ()

@@ -158,11 +158,11 @@ class Batcher:
         counted = [started - call.arrived for call, _ in batch if not call.quiet]
         if counted:
             self._observe(len(counted), counted, ended - started)
+        for (call, index), outcome in zip(batch, outcomes, strict=True):
+            call.settle(index, outcome)
         for call in {id(call): call for call, _ in batch}.values():
             tracing.record("wait for the model", call.trace, call.arrived, started)
             tracing.record("forward pass", call.trace, started, ended, batch=len(batch))
-        for (call, index), outcome in zip(batch, outcomes, strict=True):
-            call.settle(index, outcome)
 
     def _watched(self, items: list[Any]) -> Sequence[Any]:
         # Its watching thread needs neither the event loop nor the interpreter's lock, and says on stderr where it hung.

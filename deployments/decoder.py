@@ -72,6 +72,7 @@ class DecoderReplica:
     def __init__(self, settings: ServiceSettings) -> None:
         check_own_scaling()
         logs.set_up(settings.log_format)
+        tracing.set_up()
         memory.share_one_heap()
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides GPUs from nobody who asks for none
         self._spec = find_checkpoint(settings.model, weights=False).pixels

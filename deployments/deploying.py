@@ -48,8 +48,8 @@ def schema_of(config: dict[str, Any]) -> Any:
     except ValidationError as error:
         problems = (f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors())
         raise SettingsError("; ".join(problems)) from None
-    traces = schema.tracing_config
-    if traces is not None and traces.enabled and traces.exporter_import_path == tracing.EXPORTERS:
+    traces = schema.tracing_config  # in replicas a missing package would show late
+    if traces is not None and traces.enabled and traces.exporter_import_path in tracing.EXPORTERS:
         tracing.check_installed()
     return schema
 
@@ -61,7 +61,7 @@ def _refuse_unknown(values: Any, kind: Any, where: str) -> None:
         )
 
 
-def start_serve(options: dict[str, Any], host: str, port: int, logging_config: Any) -> tuple[Any, list[Any]]:
+def start_serve(options: dict[str, Any], host: str, port: int, schema: Any) -> tuple[Any, list[Any]]:
     """Start Serve, or find the one that runs. Returns its client, and what tells that its proxies run.
 
     Serve's own serve_start waits for the proxies; here the application is built meanwhile.
@@ -80,7 +80,12 @@ def start_serve(options: dict[str, Any], host: str, port: int, logging_config: A
         api._check_http_options(client, options)  # of a Serve that runs already; it warns
         return client, []
     controller, proxies = api._create_controller_and_proxy_refs(
-        options, None, logging_config, None, api._coerce_controller_options(None), "HeadOnly"
+        options,
+        None,
+        schema.logging_config,
+        schema.tracing_config,
+        api._coerce_controller_options(None),
+        "HeadOnly",
     )
     client = ServeControllerClient(controller)
     api._set_global_client(client)

@@ -56,6 +56,7 @@ class EncoderReplica:
     def __init__(self, tower: Tower, settings: ServiceSettings) -> None:
         batch = own_batching()  # before weights are loaded: a refusal should be quick
         logs.set_up(settings.log_format)
+        tracing.set_up()
         memory.return_large_blocks()
         own_threads = threads.of_encoder(settings.cpus_per_replica, settings.threads_per_replica)
         self._tower = tower

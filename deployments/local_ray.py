@@ -157,7 +157,7 @@ def local_service(
         schema = schema_of(config)  # before the try: what was never deployed must not take off what runs there
         deployed: Deployed | None = None
         try:
-            client, proxies = start_serve(config.get("http_options") or {}, host, port, schema.logging_config)
+            client, proxies = start_serve(config.get("http_options") or {}, host, port, schema)
             if address:
                 listens(client.http_config.host)
             deployed = Deployed(client, config)

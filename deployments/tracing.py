@@ -9,9 +9,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from loguru import logger
 from opentelemetry import context, trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.sampling import Decision, Sampler, SamplingResult
 
 from clipfleet.errors import SettingsError
 
@@ -19,7 +22,8 @@ if TYPE_CHECKING:
     from opentelemetry.context import Context
     from opentelemetry.sdk.trace import SpanProcessor
 
-EXPORTERS = "deployments.tracing:exporters"
+EXPORTERS = ("deployments.tracing:exporters", "deployments.tracing.exporters")  # Serve takes either
+_REQUEST = "replica_handle_request Ingress __call__"  # Serve's name of a request in the ingress
 
 
 def exporters() -> list[SpanProcessor]:
@@ -28,7 +32,8 @@ def exporters() -> list[SpanProcessor]:
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-    os.environ.setdefault("OTEL_SERVICE_NAME", "clipfleet")  # read by the provider that Serve makes after this call
+    if "service.name=" not in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", ""):
+        os.environ.setdefault("OTEL_SERVICE_NAME", "clipfleet")  # read by the provider that Serve makes after this call
     return [BatchSpanProcessor(OTLPSpanExporter())]
 
 
@@ -39,7 +44,37 @@ def check_installed() -> None:
     except ModuleNotFoundError:  # of a package above it
         found = None
     if found is None:
-        raise SettingsError(f"tracing_config with {EXPORTERS} needs OTLP's exporter: pip install 'clipfleet[tracing]'")
+        raise SettingsError(
+            f"tracing_config with {EXPORTERS[0]} needs OTLP's exporter: pip install 'clipfleet[tracing]'"
+        )
+
+
+class _OfRequests(Sampler):
+    """Lets nothing but a request in the ingress begin a trace.
+
+    Serve passes on no word of a request that is not sampled, so each call below it, and each probe, would draw lots anew.
+    """
+
+    def __init__(self, sampler: Sampler) -> None:
+        self._sampler = sampler
+
+    def should_sample(
+        self, parent_context: Context | None, trace_id: int, name: str, *arguments: Any, **options: Any
+    ) -> SamplingResult:
+        above = trace.get_current_span(parent_context).get_span_context()
+        if name != _REQUEST and not above.is_valid:
+            return SamplingResult(Decision.DROP)
+        return self._sampler.should_sample(parent_context, trace_id, name, *arguments, **options)
+
+    def get_description(self) -> str:
+        return f"OfRequests({self._sampler.get_description()})"
+
+
+def set_up() -> None:
+    """In a replica, before its first span: Serve has made its provider of spans by then, if it was told to."""
+    provider = trace.get_tracer_provider()
+    if isinstance(provider, TracerProvider):
+        provider.sampler = _OfRequests(provider.sampler)
 
 
 def here() -> Context | None:
@@ -60,7 +95,10 @@ def record(span: str, below: Context | None, began: float, ended: float, **attri
         return
     since_the_epoch = time.time() - time.monotonic()
     named = {f"clipfleet.{key}": value for key, value in attributes.items()}
-    made = trace.get_tracer("clipfleet").start_span(
-        span, below, attributes=named, start_time=round((began + since_the_epoch) * 1e9)
-    )
-    made.end(round((ended + since_the_epoch) * 1e9))
+    try:
+        made = trace.get_tracer("clipfleet").start_span(
+            span, below, attributes=named, start_time=round((began + since_the_epoch) * 1e9)
+        )
+        made.end(round((ended + since_the_epoch) * 1e9))
+    except Exception as error:  # of somebody's span processor: the request goes on
+        logger.warning("a span was lost: {}", error)

@@ -44,12 +44,12 @@ class Deployed:
 
     def changes_in_place(self, config: dict[str, Any], *, same: bool) -> bool:
         """Whether running replicas can take over `config`; `same` says that the checkpoint's files are those that they have."""
-        return same and _heavy(_with_logging(config, self.config)) == _heavy(self.config)
+        return same and _heavy(_with_kept(config, self.config)) == _heavy(self.config)
 
     def upgrade(self, config: dict[str, Any], is_ready: Callable[[str], bool], *, same: bool) -> None:
         """Put `config` in place of what runs; `same` says that the checkpoint's files are. `is_ready` asks the application
         at a route prefix. Raises SettingsError or SetupError; then what ran goes on."""
-        config = _with_logging(config, self.config)
+        config = _with_kept(config, self.config)
         schema = schema_of(_with_application(config, name=self.name))
         if self.changes_in_place(config, same=same):
             try:
@@ -127,9 +127,9 @@ def _wait(condition: Callable[[], bool], seconds: float, otherwise: str) -> None
         time.sleep(0.5)
 
 
-def _with_logging(config: dict[str, Any], running: dict[str, Any]) -> dict[str, Any]:
-    """`config`, which keeps how the running one logs."""
-    return {**config, "logging_config": running["logging_config"]} if "logging_config" in running else config
+def _with_kept(config: dict[str, Any], running: dict[str, Any]) -> dict[str, Any]:
+    """`config`, which logs and traces as the running one does."""
+    return {**config, **{name: running[name] for name in ("logging_config", "tracing_config") if name in running}}
 
 
 def _application(config: dict[str, Any]) -> dict[str, Any]:

@@ -107,7 +107,8 @@ def _trend(samples: Samples) -> Row:
     """The steepest rise of any process's memory after the warm-up, with the confidence of its slope (least squares, 95%).
 
     Of each minute the least counts: what a request in flight takes comes back. Neighbouring minutes are much alike, so there is
-    less in them than in as many independent ones (the correction for a first-order autocorrelation).
+    less in them than in as many independent ones (the correction for a first-order autocorrelation, of 2 at most: what grows in
+    a curve is alike, too).
     """
     slopes = {}
     for name, points in samples["memory"].items():
@@ -118,7 +119,7 @@ def _trend(samples: Samples) -> Row:
         slope, offset = np.polyfit(at, value, 1)
         rest = value - (slope * at + offset)
         error = 1.96 * np.sqrt((rest**2).sum() / (len(at) - 2) / ((at - at.mean()) ** 2).sum())
-        alike = np.clip((rest[1:] * rest[:-1]).sum() / max((rest**2).sum(), 1e-9), 0.0, 0.9)
+        alike = np.clip((rest[1:] * rest[:-1]).sum() / max((rest**2).sum(), 1e-9), 0.0, 0.6)
         slopes[name] = float(slope), float(error * np.sqrt((1 + alike) / (1 - alike)))
     worst = sorted(slopes.items(), key=lambda item: -(item[1][0] - item[1][1]))[:4]
     listed = ", ".join(f"{name} {slope:+.1f} ± {error:.1f}" for name, (slope, error) in worst)

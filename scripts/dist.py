@@ -2,7 +2,7 @@
 
 Writes the source archive and two wheels into dist/: this platform's, with what it compiles, and any other's. Then installs the
 first one with each extra into an environment of its own, the second one without any, and lets each do what it is for. Prints
-how long installing took and how large the environment is. Arguments are extras to try alone: `make dist ARGS=qdrant`.
+how long installing took and how large the environment is. Arguments are extras to try alone: `make dist ARGS=serve,qdrant`.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ TRIES: dict[str, list[list[str]]] = {
         ["python", "-c", "import deployments.graph"],
     ],
     "serve,qdrant": [["clipfleet", "index", "pictures", "--model", "tiny"]],
+    "qdrant": [["python", "-c", "from clipfleet.qdrant import Collection"]],
     "tracing": [["python", "-c", "from deployments.tracing import exporters; exporters()[0].shutdown()"]],
 }
 
@@ -94,6 +95,8 @@ def try_extra(wheel: Path, extra: str, folder: Path) -> str:
 
 
 def main(extras: list[str]) -> None:
+    if unknown := [extra for extra in extras if extra not in TRIES]:
+        sys.exit(f"{unknown[0]!r} is none of {', '.join(filter(None, TRIES))}")
     compiled, for_any = build()
     for wheel in sorted(DIST.iterdir()):
         print(f"{wheel.relative_to(ROOT)}: {wheel.stat().st_size / 1e6:.1f} MB", flush=True)

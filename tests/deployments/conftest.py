@@ -81,8 +81,8 @@ def collector() -> Iterator[Collector]:
 @pytest.fixture(scope="package")
 def other_service(flags: Path, image_store: Listener, collection: Path, collector: Collector) -> Iterator[Service]:
     """Another service of tiny: it caches images and no texts, takes 12 images a request and a forward pass of 2 s for one that
-    hangs, fetches images from image_store, searches the collection, lets pages of one origin ask, follows the traces that
-    its clients ask for, and has the faults of faults/injected."""
+    hangs, fetches images from image_store, searches the collection, lets pages of one origin ask, traces every request, and has
+    the faults of faults/injected."""
     config = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
     config["applications"][0]["args"] |= {
         "limits": {"forward_s": 2, "images_per_request": 12},
@@ -91,7 +91,7 @@ def other_service(flags: Path, image_store: Listener, collection: Path, collecto
         "cache": {"text_bytes": 0, "image_bytes": 1_000_000},
         "image_urls": {"enabled": True, "ports": [image_store.port], "allowed_networks": ["127.0.0.9/32"]},
     }
-    config["tracing_config"] = {"enabled": True, "exporter_import_path": EXPORTERS, "sampling_ratio": 0}
+    config["tracing_config"] = {"enabled": True, "exporter_import_path": EXPORTERS[0], "sampling_ratio": 1}
     file = flags / "other.yaml"
     file.write_text(yaml.safe_dump(config))
     variables = {
