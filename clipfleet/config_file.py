@@ -67,7 +67,8 @@ def check_config(config: Any, source: str) -> None:
         raise SettingsError(f"config {source!r}: every application must be an object with a name")
     ours = [app for app in applications if app["name"] == APPLICATION]
     if len(ours) != 1:
-        raise SettingsError(f"config {source!r} must hold one application named {APPLICATION!r}, not {len(ours)}")
+        names = ", ".join(repr(app["name"]) for app in applications) or "none"
+        raise SettingsError(f"config {source!r} must hold one application named {APPLICATION!r}, and holds {names}")
     if ours[0].get("import_path") != IMPORT_PATH:
         raise SettingsError(f"config {source!r}: import_path must be {IMPORT_PATH!r}")
     http = config.get("http_options") or {}
@@ -80,13 +81,13 @@ def check_config(config: Any, source: str) -> None:
     settings = service_settings(arguments)
     try:
         listed = [check_deployment(entry) for entry in deployments]
+        if twice := [name for number, name in enumerate(listed) if name in listed[:number]]:
+            raise SettingsError(f"{twice[0]} is listed twice")
         for entry in deployments:
             if isinstance(entry, dict) and entry["name"] == "Ingress":
                 scaling = entry.get("autoscaling_config")
                 most = scaling.get("max_replicas", 1) if scaling else entry.get("num_replicas") or 1
                 check_one_ingress(settings, 100 if most == "auto" else most)
-        if len(set(listed)) < len(listed):
-            raise SettingsError("a deployment is listed twice")
     except SettingsError as error:
         raise SettingsError(f"config {source!r}: {error.message}") from None
 

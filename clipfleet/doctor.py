@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -14,13 +14,12 @@ from clipfleet.config_file import APPLICATION, read_config
 from clipfleet.errors import ClipfleetError, SettingsError
 from clipfleet.extras import extras
 from clipfleet.ports import claim_port
-from clipfleet.qdrant import Collection, Points, place_of, shown
+from clipfleet.qdrant import Collection, check_collection, place_of, shown
 from clipfleet.settings import SearchSettings, service_settings
 from clipfleet.threads import cores
 
 State = Literal["good", "note", "problem"]
 _LOOPBACK = "127.0.0.1"
-_TIMEOUT_S = 5  # of a Qdrant server, which is asked once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,10 +220,5 @@ def _dest(dest: str, model: str, exif_orientation: bool) -> str:
 def _collection(place: str, name: str | None, api_key: str | None, model: str, exif_orientation: bool) -> str:
     if name is None:
         raise SettingsError("--qdrant needs --collection")
-    # Without patience: a folder that is another process's stays so.
-    looking = Points(Collection(place_of(place), name, api_key), patience_s=0, tries=1, timeout_s=_TIMEOUT_S)
-    with closing(looking) as points:
-        if not points.exists():
-            raise SettingsError(f"there is no collection {name!r} at {shown(place)!r}")
-        points.check(_fingerprint(model, exif_orientation))
+    check_collection(Collection(place_of(place), name, api_key), _fingerprint(model, exif_orientation))
     return f"{name} at {shown(place)}: by this very checkpoint; keep it"

@@ -32,6 +32,8 @@ def extras() -> Iterator[Extra]:
         if name and extra and extra[1] in needed and name[0] != "clipfleet" and here:
             needed[extra[1]].append(name[0])
     for extra, names in needed.items():
+        if not names:  # an older install has not heard of it
+            continue
         yield Extra(extra, {name: _version(name) for name in names})
 
 

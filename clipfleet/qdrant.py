@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 THUMBNAIL = "thumbnail"  # in a point's payload: a small JPEG as base64
 _FINGERPRINT = "clipfleet.fingerprint"  # in the collection's metadata
-_TRIES, _PAUSE_S, _TIMEOUT_S = 4, 2.0, 30
+_TRIES, _PAUSE_S, _TIMEOUT_S, _ONCE_S = 4, 2.0, 30, 5
 _LOCKED_S = 40.0  # how long the processes of a killed run may hold a folder
 _POINTS = 128  # of one request, some 600 kB at 512 dimensions
 
@@ -74,7 +74,10 @@ def place_of(index: str) -> str:
     for candidate in (index_folder(folder), folder):
         if (candidate / "meta.json").is_file():  # of Qdrant's local mode
             return str(candidate.absolute())
-    raise SettingsError(f"{index!r} is no index; make one with `clipfleet index SOURCE --folder {index}`")
+    raise SettingsError(
+        f"{index!r} is no index: neither it nor its folder qdrant/ has Qdrant's files. "
+        "`clipfleet index SOURCE --folder FOLDER` makes one"
+    )
 
 
 @dataclass(frozen=True)
@@ -253,6 +256,20 @@ class Points:
 
     def _failed(self, error: Exception) -> Unavailable:
         return Unavailable(f"Qdrant at {self._place!r} failed: {_said(error)}", retry_after=2)
+
+
+def check_collection(collection: Collection, fingerprint: str, *, patience_s: float | None = 0) -> None:
+    """Ask once whether vectors of that checkpoint can be searched for in the collection.
+
+    Raises SettingsError where it is not there, FingerprintMismatch, Unavailable or JobError where it is no such one.
+    """
+    points = Points(collection, patience_s=patience_s, tries=1, timeout_s=_ONCE_S)
+    try:
+        if not points.exists():
+            raise SettingsError(f"there is no collection {collection.name!r} at {shown(collection.place)!r}")
+        points.check(fingerprint)
+    finally:
+        points.close()
 
 
 def _check_lock(folder: Path) -> None:

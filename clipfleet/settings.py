@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import ipaddress
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -232,11 +234,19 @@ def parse(kind: type[BaseModel], values: dict[str, Any] | None, where: str) -> A
         raise SettingsError("; ".join(_explain(problem, where) for problem in error.errors())) from None
 
 
+def meant(name: str, known: Iterable[str]) -> str:
+    """`did you mean ...?`, or nothing where no known name is like it."""
+    return "".join(f"did you mean {match}?" for match in difflib.get_close_matches(name, list(known), 1))
+
+
 def _explain(problem: Any, where: str) -> str:
     name = ".".join([where, *(str(part) for part in problem["loc"])])
     if problem["type"] == "extra_forbidden":
-        return f"{name}: there is no such setting"
-    said = f"{name}: {problem['msg'].removeprefix('Value error, ')}"
+        known = [field for kind in Settings.__subclasses__() for field in kind.model_fields]
+        hint = meant(str(problem["loc"][-1]), known)
+        return f"{name}: there is no such setting{hint and f'; {hint}'}"
+    message = re.sub(r"a valid dictionary( or instance of \w+)?", "an object", problem["msg"])
+    said = f"{name}: {message.removeprefix('Value error, ').replace('a valid tuple', 'a list')}"
     # Keys must not be shown: they are in what was given for them, and in all of the settings together.
     hidden = not problem["loc"] or problem["loc"][0] in ("api_keys", "search")
     return said if hidden else f"{said} (got {problem['input']!r})"

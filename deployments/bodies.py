@@ -136,6 +136,9 @@ def invalid(problems: Sequence[Any]) -> InvalidRequest:
     place = first["loc"]
     if not place:
         return InvalidRequest("the body must be a JSON object")
+    if len(place) == 1 and first["type"] == "extra_forbidden":
+        name = str(place[0]) if _NAME.fullmatch(str(place[0])) else None
+        return InvalidRequest(f"there is no field {name!r}" if name else "there is an unknown field", param=name)
     # Where several types are accepted, pydantic reports one problem for each of them.
     same = [problem for problem in problems if problem["loc"][:1] == place[:1]]
     index = next((part for problem in same for part in problem["loc"] if isinstance(part, int)), None)

@@ -16,6 +16,7 @@ from typing import Any
 
 from clipfleet.config_file import APPLICATION
 from clipfleet.errors import SettingsError, SetupError
+from clipfleet.settings import meant
 from deployments.private_ray import LOOPBACK, is_lost, leave_at_once
 
 NAMES = (APPLICATION, f"{APPLICATION}_next")  # those of a command: two take turns when one replaces the other
@@ -31,11 +32,20 @@ def schema_of(config: dict[str, Any]) -> Any:
     """The config as Serve's own type, which checks what clipfleet.config_file leaves to it. Raises SettingsError."""
     from pydantic import ValidationError
     from ray.serve.config import AutoscalingConfig
-    from ray.serve.schema import DeploymentSchema, ServeApplicationSchema, ServeDeploySchema, TracingConfig
+    from ray.serve.schema import (
+        DeploymentSchema,
+        HTTPOptionsSchema,
+        LoggingConfig,
+        ServeApplicationSchema,
+        ServeDeploySchema,
+        TracingConfig,
+    )
 
     from deployments import tracing
 
     _refuse_unknown(config, ServeDeploySchema, "")  # Serve passes over what it does not know, a slip of the pen too
+    _refuse_unknown(config.get("http_options"), HTTPOptionsSchema, "http_options.")
+    _refuse_unknown(config.get("logging_config"), LoggingConfig, "logging_config.")
     _refuse_unknown(config.get("tracing_config"), TracingConfig, "tracing_config.")
     for application in config["applications"]:
         _refuse_unknown(application, ServeApplicationSchema, "")
@@ -48,17 +58,17 @@ def schema_of(config: dict[str, Any]) -> Any:
     except ValidationError as error:
         problems = (f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors())
         raise SettingsError("; ".join(problems)) from None
-    traces = schema.tracing_config  # in replicas a missing package would show late
-    if traces is not None and traces.enabled and traces.exporter_import_path in tracing.EXPORTERS:
-        tracing.check_installed()
+    traces = schema.tracing_config
+    if traces is not None and traces.enabled and traces.exporter_import_path:
+        tracing.check(traces.exporter_import_path)  # in replicas a mistake would show late
     return schema
 
 
 def _refuse_unknown(values: Any, kind: Any, where: str) -> None:
     for name in set(values if isinstance(values, dict) else ()) - set(kind.model_fields):
-        raise SettingsError(
-            f"{where}{name}: there is no such setting; there are {', '.join(sorted(kind.model_fields))}"
-        )
+        known = sorted(kind.model_fields)
+        hint = meant(name, known) or f"there are {', '.join(known)}"
+        raise SettingsError(f"{where}{name}: there is no such setting; {hint}")
 
 
 def start_serve(options: dict[str, Any], host: str, port: int, schema: Any) -> tuple[Any, list[Any]]:

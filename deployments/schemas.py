@@ -99,8 +99,9 @@ class WeightedItem(Wire):
 
 
 class SearchRequest(Wire):
-    """`POST /v1/search`."""
+    """`POST /v1/search`. Other fields are refused: one that is misspelt would give other rows without a word."""
 
+    model_config = ConfigDict(extra="forbid")
     model: StrictStr | None = None
     """If given, the served model's id."""
     query: StrictStr | WeightedItem | Annotated[list[WeightedItem], Field(min_length=1, max_length=16, fail_fast=True)]

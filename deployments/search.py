@@ -189,7 +189,7 @@ class SearchRoute:
                 else:
                     own = await ask(lambda points, row=row: points.vector_of(row))
                 if own is None:
-                    raise InvalidRequest("there is no such row in the collection", param=place)
+                    raise InvalidRequest(f"there is no row {str(row)[:200]!r} in the collection", param=place)
                 query += weight * _unit(own)
             if np.linalg.norm(query) < _LEAST:
                 raise InvalidRequest(

@@ -20,6 +20,7 @@ from clipfleet.config_file import APPLICATION, check_config
 from clipfleet.errors import ClipfleetError, SettingsError, SetupError
 from clipfleet.fingerprint import fingerprint
 from clipfleet.keys import KeyRing
+from clipfleet.qdrant import Collection, check_collection
 from clipfleet.settings import ServiceSettings, service_settings
 from deployments import signals
 from deployments.local_ray import Service, local_service
@@ -57,6 +58,7 @@ def serve_until_stopped(
         prepared(config)
 
     config = prepared(config)
+    _check_search(service_settings(_arguments(config)), say)
     certificate = _check_certificate(tls) if tls else ""
     try:
         with (
@@ -103,6 +105,21 @@ def _prepared(
         if settings.search is not None:
             arguments["search"] = {**arguments["search"], "qdrant": settings.search.qdrant}  # absolute
     return config
+
+
+def _check_search(settings: ServiceSettings, say: Callable[..., Any]) -> None:
+    """Raise what is wrong with a folder that is to be searched; say what is wrong with a server, which may come later."""
+    search = settings.search
+    if search is None or os.environ.get("RAY_ADDRESS"):  # a remote cluster reaches it for itself
+        return
+    collection = Collection(search.qdrant, search.collection, search.qdrant_api_key)
+    made_by = fingerprint(find_checkpoint(settings.model), exif_orientation=settings.exif_orientation)
+    try:
+        check_collection(collection, made_by, patience_s=None)  # a killed service may hold a folder for some seconds
+    except ClipfleetError as error:
+        if collection.is_folder:
+            raise
+        say(f"clipfleet: searches will get 503 for now: {error.message}", err=True)
 
 
 def _upgrade(service: Service, read: Callable[[], dict[str, Any]], say: Callable[..., Any]) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from opentelemetry.context import Context
     from opentelemetry.sdk.trace import SpanProcessor
 
-EXPORTERS = ("deployments.tracing:exporters", "deployments.tracing.exporters")  # Serve takes either
+EXPORTER = "deployments.tracing:exporters"
 _REQUEST = "replica_handle_request Ingress __call__"  # Serve's name of a request in the ingress
 
 
@@ -37,16 +37,23 @@ def exporters() -> list[SpanProcessor]:
     return [BatchSpanProcessor(OTLPSpanExporter())]
 
 
-def check_installed() -> None:
-    """Raise SettingsError where the package is missing that `exporters` needs."""
+def check(exporter: str) -> None:
+    """Raise SettingsError for an `exporter_import_path` that cannot be imported, or a package that `exporters` lacks."""
+    from ray._common.utils import import_attr  # as Serve finds it
+
+    where = f"tracing_config.exporter_import_path {exporter!r}"
     try:
-        found = importlib.util.find_spec("opentelemetry.exporter.otlp.proto.http")
+        found = import_attr(exporter)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SettingsError(f"{where} cannot be imported: {error}; clipfleet's own is {EXPORTER!r}") from None
+    if found is not exporters:
+        return
+    try:
+        installed = importlib.util.find_spec("opentelemetry.exporter.otlp.proto.http")
     except ModuleNotFoundError:  # of a package above it
-        found = None
-    if found is None:
-        raise SettingsError(
-            f"tracing_config with {EXPORTERS[0]} needs OTLP's exporter: pip install 'clipfleet[tracing]'"
-        )
+        installed = None
+    if installed is None:
+        raise SettingsError(f"{where} needs OTLP's exporter: pip install 'clipfleet[tracing]'")
 
 
 class _OfRequests(Sampler):

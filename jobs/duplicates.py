@@ -102,7 +102,9 @@ def _vectors(dest: Path) -> Iterator[tuple[list[str], list[str | None], np.ndarr
     """Ids, uris and vectors (n, d) of DEST's good rows, the vectors in a file, not in memory."""
     files = parts(dest)
     if not files:
-        raise JobError(f"{str(dest)!r} holds no rows of a job")
+        inside = dest / "vectors"  # where `clipfleet index` keeps them
+        hint = f"; {str(inside)!r} does" if parts(inside) else ""
+        raise JobError(f"{str(dest)!r} holds no rows of a job{hint}")
     ids: list[str] = []
     uris: list[str | None] = []
     dimension, made_by = 0, _fingerprint(files[0])

@@ -113,11 +113,11 @@ async function more() {
   $("more").disabled = true;
   if (!list.children.length) $("more").hidden = true;
   try {
-    const answer = await ask("v1/search", { query, limit: PAGE, offset: list.children.length, thumbnails: true });
+    const answer = await ask("v1/search", { query, limit: PAGE + 1, offset: list.children.length, thumbnails: true });
     if (own !== asked) return;
-    for (const result of answer.results) list.append(shown(result));
+    for (const result of answer.results.slice(0, PAGE)) list.append(shown(result));
     say("search-said", list.children.length ? `${list.children.length} pictures, best first` : "Nothing was found.");
-    $("more").hidden = answer.results.length < PAGE;
+    $("more").hidden = answer.results.length <= PAGE; // one more was asked for, to know
   } catch (error) {
     if (own === asked) say("search-said", error.message, true);
   } finally {

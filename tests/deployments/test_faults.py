@@ -43,6 +43,12 @@ def is_right(answer: httpx.Response, vector: np.ndarray) -> bool:
     return answer.status_code == 200 and bool(np.abs(np.load(io.BytesIO(answer.content))[0] - vector).max() < 1e-5)
 
 
+def log_of(service: Service, deployment: str) -> str:
+    """What its replicas have logged by now."""
+    files = service.folder.rglob(f"replica_clipfleet_{deployment}_*.log")
+    return "".join(file.read_text(errors="replace") for file in files)
+
+
 def test_a_forward_pass_that_raises(other_service: Service, flags: Path, good: Good) -> None:
     for _ in range(5):  # a probe may take a fault for itself
         (flags / "raise").touch()
@@ -51,6 +57,7 @@ def test_a_forward_pass_that_raises(other_service: Service, flags: Path, good: G
             break
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
     assert answer.headers["Retry-After"] == "1" and "out of memory" not in answer.text
+    until(lambda: "out of memory" in log_of(other_service, "ImageEncoder"), 30, "what its log says of that")
     body, vector = good()
     assert is_right(send(other_service, body), vector)
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import base64
 import io
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from clipfleet.qdrant import THUMBNAIL
 from tests.deployments.broken import BROKEN
-from tests.deployments.service import Service
+from tests.deployments.service import ROOT, Service
 from tests.library import Library
+from tests.test_cli import run
 
 
 @pytest.fixture
@@ -108,6 +112,8 @@ def test_thumbnails_when_asked_for(http: httpx.Client) -> None:
         ({"query": [{"text": "a"}] * 17}, 400, "invalid_request", "query"),
         ({"query": [{"text": "a", "weight": 500}]}, 400, "invalid_request", "query[0]"),
         ({"query": "a", "limit": 0}, 400, "invalid_request", "limit"),
+        ({"query": "a", "filters": {}}, 400, "invalid_request", "filters"),
+        ({"query": "a", "x" * 1000: 1}, 400, "invalid_request", None),
         ({"query": "a", "limit": 1001}, 400, "invalid_request", "limit"),
         ({"query": "a", "offset": -1}, 400, "invalid_request", "offset"),
         ({"query": "a", "filter": {"mustnt": []}}, 400, "invalid_request", "filter"),
@@ -117,7 +123,7 @@ def test_thumbnails_when_asked_for(http: httpx.Client) -> None:
         ({"query": [{"text": "a"}, image(BROKEN["cut PNG"].data)]}, 422, "image_corrupt", "query[1]"),
     ],
 )
-def test_what_is_refused(http: httpx.Client, body: dict[str, Any], status: int, code: str, param: str) -> None:
+def test_what_is_refused(http: httpx.Client, body: dict[str, Any], status: int, code: str, param: str | None) -> None:
     answer = http.post("/v1/search", json=body)
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code), answer.text
     assert answer.json()["error"]["param"] == param
@@ -172,3 +178,17 @@ def test_a_service_without_a_collection_says_so(service: Service) -> None:
         answer = http.post("/v1/search", json={"query": "a"})
         assert answer.status_code == 404 and "--index" in answer.json()["error"]["message"]
         assert "/v1/search" not in http.get("/openapi.json").json()["paths"]
+
+
+def test_a_folder_that_cannot_be_searched_is_refused_at_the_start(collection: Path, tmp_path: Path) -> None:
+    index = shutil.copytree(collection, tmp_path / "index")  # a service has the other one open
+    config = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
+    config["applications"][0]["args"]["exif_orientation"] = False  # other vectors, another fingerprint
+    other = tmp_path / "other.yaml"
+    other.write_text(yaml.safe_dump(config))
+    for file, name, words in (
+        ("demo", "drown", "there is no collection 'drown'"),
+        (other, "drawn", "holds vectors with fingerprint"),
+    ):
+        done = run("serve", file, "--index", index, "--collection", name)
+        assert done.returncode == 1 and words in done.stderr, done.stderr
