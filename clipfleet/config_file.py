@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,7 +31,8 @@ def read_config(source: str) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:  # its own words quote the line, which may hold a key
         mark = error.problem_mark
         where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise SettingsError(f"config {source!r} is no YAML{where}: {error.problem}") from None
+        problem = re.split("['\"!*]", error.problem or "")[0].strip()  # what it quotes, too
+        raise SettingsError(f"config {source!r} is no YAML{where}: {problem}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingsError(f"config {source!r} cannot be read: {error}") from error
     check_config(config, source)

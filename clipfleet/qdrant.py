@@ -7,6 +7,7 @@ the collection has its rows.
 
 from __future__ import annotations
 
+import json
 import re
 import time
 import uuid
@@ -63,7 +64,7 @@ def index_folder(folder: Path) -> Path:
 
 def shown(place: str) -> str:
     """A place for messages: a URL without the name and password that may stand in it."""
-    return re.sub(r"://[^/@]*@", "://", place)
+    return re.sub("://.*@", "://", place)
 
 
 def place_of(index: str) -> str:
@@ -146,19 +147,14 @@ class Points:
         if vectors.distance != models.Distance.COSINE or dimension not in (None, vectors.size):
             wanted = f"{dimension or vectors.size} and Cosine are needed"
             raise self._unfit(f"is for {vectors.size} dimensions and distance {vectors.distance.value}; {wanted}")
-        found = (config.metadata or {}).get(_FINGERPRINT)
-        if not found:
-            raise self._unfit("was not made by clipfleet: it names no fingerprint")
-        if found != fingerprint:
-            raise FingerprintMismatch(
-                f"the Qdrant collection {self._name!r} at {self._place!r} holds vectors with fingerprint {found}, and these "
-                f"have {fingerprint}: they cannot be compared. Choose another collection",
-                found=found,
-                expected=fingerprint,
-            )
+        _compare(self._named, (config.metadata or {}).get(_FINGERPRINT), fingerprint)
+
+    @property
+    def _named(self) -> str:
+        return f"the Qdrant collection {self._name!r} at {self._place!r}"
 
     def _unfit(self, why: str) -> JobError:
-        return JobError(f"the Qdrant collection {self._name!r} at {self._place!r} {why}. Choose another name")
+        return JobError(f"{self._named} {why}. Choose another name")
 
     def upload(self, rows: pa.Table, vectors: np.ndarray, thumbnails: Sequence[str] = ()) -> None:
         """Upload the rows (id, uri, width, height, error) without error, whose vectors (k, d) are given in their order,
@@ -258,18 +254,42 @@ class Points:
         return Unavailable(f"Qdrant at {self._place!r} failed: {_said(error)}", retry_after=2)
 
 
-def check_collection(collection: Collection, fingerprint: str, *, patience_s: float | None = 0) -> None:
-    """Ask once whether vectors of that checkpoint can be searched for in the collection.
+def _compare(collection: str, found: str | None, fingerprint: str) -> None:
+    if not found:
+        raise JobError(f"{collection} was not made by clipfleet: it names no fingerprint. Choose another name")
+    if found != fingerprint:
+        raise FingerprintMismatch(
+            f"{collection} holds vectors with fingerprint {found}, and these have {fingerprint}: they cannot be compared. "
+            "Choose another collection",
+            found=found,
+            expected=fingerprint,
+        )
 
-    Raises SettingsError where it is not there, FingerprintMismatch, Unavailable or JobError where it is no such one.
+
+def check_collection(collection: Collection, fingerprint: str) -> None:
+    """Look whether vectors of that checkpoint can be searched for in the collection.
+
+    A folder's list of collections is read, also while another process has it open; a server is asked once. Raises SettingsError
+    where the collection is not there, FingerprintMismatch or JobError where it is of other vectors, Unavailable.
     """
-    points = Points(collection, patience_s=patience_s, tries=1, timeout_s=_ONCE_S)
+    if not collection.is_folder:
+        points = Points(collection, tries=1, timeout_s=_ONCE_S)
+        try:
+            if not points.exists():
+                raise SettingsError(f"there is no collection {collection.name!r} at {shown(collection.place)!r}")
+            points.check(fingerprint)
+        finally:
+            points.close()
+        return
     try:
-        if not points.exists():
-            raise SettingsError(f"there is no collection {collection.name!r} at {shown(collection.place)!r}")
-        points.check(fingerprint)
-    finally:
-        points.close()
+        known = json.loads((Path(collection.place) / "meta.json").read_text(encoding="utf-8"))["collections"]
+    except (OSError, ValueError, LookupError) as error:
+        raise Unavailable(f"the index {collection.place!r} cannot be read: {_said(error)}") from error
+    if collection.name not in known:
+        there = ", ".join(map(repr, sorted(known))) or "none"
+        raise SettingsError(f"there is no collection {collection.name!r} at {collection.place!r}; there are {there}")
+    found = (known[collection.name].get("metadata") or {}).get(_FINGERPRINT)
+    _compare(f"the Qdrant collection {collection.name!r} at {collection.place!r}", found, fingerprint)
 
 
 def _check_lock(folder: Path) -> None:

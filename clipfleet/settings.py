@@ -7,9 +7,9 @@ import importlib.util
 import ipaddress
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -231,7 +231,7 @@ def parse(kind: type[BaseModel], values: dict[str, Any] | None, where: str) -> A
     try:
         return kind.model_validate(values or {})
     except ValidationError as error:
-        raise SettingsError("; ".join(_explain(problem, where) for problem in error.errors())) from None
+        raise SettingsError("; ".join(_explain(problem, kind, where) for problem in error.errors())) from None
 
 
 def meant(name: str, known: Iterable[str]) -> str:
@@ -239,11 +239,20 @@ def meant(name: str, known: Iterable[str]) -> str:
     return "".join(f"did you mean {match}?" for match in difflib.get_close_matches(name, list(known), 1))
 
 
-def _explain(problem: Any, where: str) -> str:
+def _section(kind: type[BaseModel], names: Sequence[Any]) -> type[BaseModel]:
+    """The type of the settings below these names."""
+    for name in names:
+        annotation = kind.model_fields[name].annotation
+        types = (found for found in (annotation, *get_args(annotation)) if isinstance(found, type))
+        kind = next(found for found in types if issubclass(found, BaseModel))
+    return kind
+
+
+def _explain(problem: Any, kind: type[BaseModel], where: str) -> str:
     name = ".".join([where, *(str(part) for part in problem["loc"])])
     if problem["type"] == "extra_forbidden":
-        known = [field for kind in Settings.__subclasses__() for field in kind.model_fields]
-        hint = meant(str(problem["loc"][-1]), known)
+        *above, unknown = problem["loc"]
+        hint = meant(str(unknown), _section(kind, above).model_fields)
         return f"{name}: there is no such setting{hint and f'; {hint}'}"
     message = re.sub(r"a valid dictionary( or instance of \w+)?", "an object", problem["msg"])
     said = f"{name}: {message.removeprefix('Value error, ').replace('a valid tuple', 'a list')}"

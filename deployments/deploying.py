@@ -43,7 +43,13 @@ def schema_of(config: dict[str, Any]) -> Any:
 
     from deployments import tracing
 
-    _refuse_unknown(config, ServeDeploySchema, "")  # Serve passes over what it does not know, a slip of the pen too
+    try:
+        schema = ServeDeploySchema.model_validate(config)
+    except ValidationError as error:
+        problems = (f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors())
+        raise SettingsError("; ".join(problems)) from None
+    # Serve passes over what it does not know, a slip of the pen too.
+    _refuse_unknown(config, ServeDeploySchema, "")
     _refuse_unknown(config.get("http_options"), HTTPOptionsSchema, "http_options.")
     _refuse_unknown(config.get("logging_config"), LoggingConfig, "logging_config.")
     _refuse_unknown(config.get("tracing_config"), TracingConfig, "tracing_config.")
@@ -53,11 +59,6 @@ def schema_of(config: dict[str, Any]) -> Any:
             where = f"{deployment.get('name')}."
             _refuse_unknown(deployment, DeploymentSchema, where)
             _refuse_unknown(deployment.get("autoscaling_config"), AutoscalingConfig, f"{where}autoscaling_config.")
-    try:
-        schema = ServeDeploySchema.model_validate(config)
-    except ValidationError as error:
-        problems = (f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors())
-        raise SettingsError("; ".join(problems)) from None
     traces = schema.tracing_config
     if traces is not None and traces.enabled and traces.exporter_import_path:
         tracing.check(traces.exporter_import_path)  # in replicas a mistake would show late
@@ -67,7 +68,7 @@ def schema_of(config: dict[str, Any]) -> Any:
 def _refuse_unknown(values: Any, kind: Any, where: str) -> None:
     for name in set(values if isinstance(values, dict) else ()) - set(kind.model_fields):
         known = sorted(kind.model_fields)
-        hint = meant(name, known) or f"there are {', '.join(known)}"
+        hint = meant(str(name), known) or f"there are {', '.join(known)}"
         raise SettingsError(f"{where}{name}: there is no such setting; {hint}")
 
 

@@ -115,7 +115,7 @@ def _check_search(settings: ServiceSettings, say: Callable[..., Any]) -> None:
     collection = Collection(search.qdrant, search.collection, search.qdrant_api_key)
     made_by = fingerprint(find_checkpoint(settings.model), exif_orientation=settings.exif_orientation)
     try:
-        check_collection(collection, made_by, patience_s=None)  # a killed service may hold a folder for some seconds
+        check_collection(collection, made_by)
     except ClipfleetError as error:
         if collection.is_folder:
             raise
@@ -127,6 +127,7 @@ def _upgrade(service: Service, read: Callable[[], dict[str, Any]], say: Callable
     say("clipfleet: reading the config file again")
     try:
         config = read()
+        _check_search(service_settings(_arguments(config)), say)
         same = _same_checkpoint(service, config)
         in_place = service.deployed.changes_in_place(config, same=same)
         say(f"clipfleet: {'changing what runs' if in_place else 'starting a new graph beside the one that runs'}")

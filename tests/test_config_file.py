@@ -148,10 +148,11 @@ def test_deployments_that_cannot_work(deployment: dict[str, Any], word: str) -> 
         check_config(config, "mine")
 
 
-def test_a_file_that_is_no_yaml_is_not_quoted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("keys", ['["a-secret-key]', "[*a-secret-key]", "!a-secret-key x"])
+def test_a_file_that_is_no_yaml_is_not_quoted(keys: str, tmp_path: Path) -> None:
     """The line may hold a key."""
     file = tmp_path / "broken.yaml"
-    file.write_text('applications:\n  - args: {api_keys: ["a-secret-key]}\n')
+    file.write_text(f"applications:\n  - args: {{api_keys: {keys}}}\n")
     with pytest.raises(SettingsError, match=r"is no YAML in line \d+, column \d+: ") as caught:
         read_config(str(file))
     assert "a-secret-key" not in caught.value.message

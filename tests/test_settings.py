@@ -13,7 +13,12 @@ from clipfleet.settings import service_settings
 @pytest.mark.parametrize(
     ("args", "word"),
     [
-        ({"modell": "tiny"}, "args.modell: there is no such setting"),
+        ({"modell": "tiny"}, "args.modell: there is no such setting; did you mean model?"),
+        (
+            {"search": {"qdrant": "index", "api_key": "k"}},
+            "api_key: there is no such setting; did you mean qdrant_api_key?",
+        ),
+        ({"limits": 5}, "args.limits: Input should be an object"),
         ({"device": "tpu"}, "device must be auto, cpu, cuda or cuda:N"),
         ({"precision": "int4"}, "args.precision"),
         ({"gpus_per_replica": 0}, "args.gpus_per_replica"),
@@ -31,6 +36,11 @@ def test_wrong_args_are_named(args: dict[str, Any], word: str) -> None:
     with pytest.raises(SettingsError) as refused:
         service_settings({"model": "tiny", **args})
     assert word in refused.value.message
+
+
+def test_a_setting_in_the_wrong_place_is_not_told_itself() -> None:
+    with pytest.raises(SettingsError, match=r"args\.qdrant: there is no such setting$"):
+        service_settings({"model": "tiny", "qdrant": "index"})
 
 
 def test_origins_are_written_as_browsers_write_them() -> None:

@@ -14,7 +14,7 @@ from clipfleet.checkpoint import find_checkpoint
 from clipfleet.fingerprint import fingerprint
 from clipfleet.images import decode
 from clipfleet.qdrant import Collection
-from deployments.tracing import EXPORTER
+from deployments.tracing import EXPORTERS
 from jobs.encoding import thumbnail
 from tests.deployments.collector import Collector, collecting
 from tests.deployments.listener import Listener, listening
@@ -91,7 +91,7 @@ def other_service(flags: Path, image_store: Listener, collection: Path, collecto
         "cache": {"text_bytes": 0, "image_bytes": 1_000_000},
         "image_urls": {"enabled": True, "ports": [image_store.port], "allowed_networks": ["127.0.0.9/32"]},
     }
-    config["tracing_config"] = {"enabled": True, "exporter_import_path": EXPORTER, "sampling_ratio": 1}
+    config["tracing_config"] = {"enabled": True, "exporter_import_path": EXPORTERS[0], "sampling_ratio": 1}
     file = flags / "other.yaml"
     file.write_text(yaml.safe_dump(config))
     variables = {
