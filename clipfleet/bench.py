@@ -33,7 +33,7 @@ def bench(
     made = _texts(requests, items) if texts else _images(images, requests, items)
     first = min(requests, 2 * clients)
     run_load(url, _texts(first, items) if texts else made[:first], clients, api_key=api_key)
-    with tqdm(total=requests, desc="Loading", unit="request", disable=None) as bar:  # but on a terminal
+    with tqdm(total=requests, desc="Loading", unit="request") as bar:
         return run_load(url, made, clients, api_key=api_key, advance=bar.update)
 
 

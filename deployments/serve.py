@@ -107,8 +107,8 @@ def _prepared(
     return config
 
 
-def _check_search(settings: ServiceSettings, say: Callable[..., Any]) -> None:
-    """Raise what is wrong with a folder that is to be searched; say what is wrong with a server, which may come later."""
+def _check_search(settings: ServiceSettings, say: Callable[..., Any], *, must: bool = True) -> None:
+    """Raise what is wrong with a folder that `must` be searched; say what is wrong with a server, which may come later."""
     search = settings.search
     if search is None or os.environ.get("RAY_ADDRESS"):  # a remote cluster reaches it for itself
         return
@@ -117,7 +117,7 @@ def _check_search(settings: ServiceSettings, say: Callable[..., Any]) -> None:
     try:
         check_collection(collection, made_by)
     except ClipfleetError as error:
-        if collection.is_folder:
+        if must and collection.is_folder:
             raise
         say(f"clipfleet: searches will get 503 for now: {error.message}", err=True)
 
@@ -127,7 +127,7 @@ def _upgrade(service: Service, read: Callable[[], dict[str, Any]], say: Callable
     say("clipfleet: reading the config file again")
     try:
         config = read()
-        _check_search(service_settings(_arguments(config)), say)
+        _check_search(service_settings(_arguments(config)), say, must=False)  # its index may be made after the change
         same = _same_checkpoint(service, config)
         in_place = service.deployed.changes_in_place(config, same=same)
         say(f"clipfleet: {'changing what runs' if in_place else 'starting a new graph beside the one that runs'}")
