@@ -25,7 +25,7 @@ help:
 	@echo 'make plot    draw what make chaos measured of overload: docs/overload.svg'
 	@echo 'make fuzz    set up, then send damaged files and odd requests (ARGS="--seed 7")'
 	@echo 'make soak    set up, then half an hour of mixed load: nothing may grow'
-	@echo 'make dist    set up, then build what a release uploads and try each extra of it in a fresh environment (10 minutes)'
+	@echo 'make dist    set up, then build what a release uploads and try each extra of it in a fresh environment (9 minutes)'
 	@echo 'make site    set up, then make the pages of docs/ a site in build/site'
 	@echo 'make clean   remove .venv and all that builds, tests and the demo wrote'
 

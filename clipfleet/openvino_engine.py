@@ -35,6 +35,10 @@ sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 import openvino  # noqa: E402
 
+# The one of this process. Each has the thread that first compiles with it take signals on a stack of its own, and puts the one
+# before back when it goes. Of two, the last to go would put back what the other has freed, and the next signal, such as Ctrl-C,
+# would end the process.
+_CORE = openvino.Core()
 _FORMAT = 1  # of the kept files: a change here makes them anew
 LOWEST_MEAN_COSINE = 0.999
 CALIBRATION, HELD_OUT = 96, 64  # items
@@ -64,7 +68,7 @@ class OpenVinoTower:
         samples: Callable[[int, int], Sequence[Inputs]],
     ) -> None:
         file = _exported(checkpoint, config, tower, precision, samples)
-        self._request = _compile(openvino.Core().read_model(file), threads).create_infer_request()
+        self._request = _compile(_CORE.read_model(file), threads).create_infer_request()
         self._lock = threading.Lock()
         part = config.vision_config if tower == "image" else config.text_config
         patches = (part.image_size // part.patch_size) ** 2 + 1 if tower == "image" else 0
@@ -106,7 +110,7 @@ def _compile(model: Any, threads: int | None) -> Any:
     }
     if threads:
         options["INFERENCE_NUM_THREADS"] = threads
-    return openvino.Core().compile_model(model, "CPU", options)
+    return _CORE.compile_model(model, "CPU", options)
 
 
 def cache_folder() -> Path:

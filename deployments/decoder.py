@@ -74,8 +74,7 @@ class DecoderReplica:
         check_own_scaling()
         logs.set_up(settings.log_format)
         tracing.set_up()
-        memory.share_one_heap()
-        # Damaged files make warnings with numbers of theirs: lines in the log, and 42 instead of 30 s for 2,900 of them.
+        # Damaged files make warnings with numbers of theirs, each another line in the log.
         warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides GPUs from nobody who asks for none
         self._spec = find_checkpoint(settings.model, weights=False).pixels

@@ -7,7 +7,7 @@ import gc
 import time
 from contextlib import suppress
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 _LARGE = 256 * 2**10
 _EVERY_S = 10.0
 
@@ -24,16 +24,6 @@ def return_large_blocks() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_THRESHOLD, _LARGE)
         libc.mallopt(_M_TRIM_THRESHOLD, 16 * _LARGE)  # setting one fixes the other at 128 KiB, which costs calls
-
-
-def share_one_heap() -> None:
-    """Let threads that start from now on allocate from one heap, where each would have one with holes of its own.
-
-    For decoders: 162 instead of 173 MB, and 117 instead of 158 at the least, at the same rate (two threads, photographs and
-    damaged files in turns).
-    """
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 def return_unused() -> None:

@@ -131,6 +131,25 @@ def test_a_cache_that_cannot_be_written_is_said_and_gone_round(
     assert list(tmp_path.glob("clipfleet-engines-*/*/model.xml"))
 
 
+def test_a_signal_after_the_engine_has_gone() -> None:
+    """Such as Ctrl-C, in a program that embedded something before."""
+    code = """
+import os, signal
+from clipfleet import CLIPEmbedder
+for _ in range(2):
+    with CLIPEmbedder("tiny", engine="openvino") as embedder:
+        embedder.encode_text("a red circle")
+    del embedder
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.pause()
+    except KeyboardInterrupt:
+        print("went on")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "went on\nwent on\n"), done.stderr
+
+
 def test_nothing_is_reported_to_the_makers() -> None:
     program = "import clipfleet.openvino_engine, nncf, sys\nprint(sys.modules.get('openvino_telemetry'))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=120)

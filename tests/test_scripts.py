@@ -20,11 +20,13 @@ from scripts.make_random_clip import TINY, make_config
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 
-def run(script: str, *arguments: object) -> None:
+def run(script: str, *arguments: object) -> str:
+    """What it prints."""
     done = subprocess.run(
         [sys.executable, SCRIPTS / script, *map(str, arguments)], capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_drawing_writes_pictures_and_their_labels(tmp_path: Path) -> None:
@@ -65,3 +67,7 @@ def test_the_random_checkpoint_tells_pictures_and_texts_apart(random_clip: Path,
     for vectors in (encoder.encode_pixels(pixels), encoder.encode_texts(list(LABELS[:12])).vectors):
         differences = np.abs(vectors[:, None] - vectors[None]).max(2)[~np.eye(12, dtype=bool)]
         assert vectors.shape == (12, 512) and differences.min() > 1e-3
+
+
+def test_measuring_duplicates_finds_the_pairs_that_it_makes() -> None:
+    assert run("measure_duplicates.py", "--rows", 300).startswith("300 rows: 30 groups in ")
