@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from clipfleet import pixel_memory
 from clipfleet.checkpoint import PixelSpec, find_checkpoint
 from clipfleet.errors import (
     ClipfleetError,
@@ -85,7 +86,8 @@ def _pixel_spec(model: str) -> PixelSpec:
 def decode(source: ImageSource, spec: PixelSpec, limits: ImageLimits = DEFAULT_LIMITS) -> Picture:
     """Decode one image to the size that `spec` asks for. Raises an ImageError."""
     if isinstance(source, Image.Image):
-        return to_picture(source, spec, replace(limits, reduced_jpeg=False))  # the caller's image stays as it is
+        # the caller's image stays as it is
+        return to_picture(source, spec, replace(limits, reduced_jpeg=False), lend_memory=False)
     data = read_file(source, limits) if isinstance(source, (str, os.PathLike)) else source
     if not isinstance(data, (bytes, bytearray, memoryview)):
         raise TypeError(f"an image is a path, bytes or a PIL image, not {type(data).__name__}")
@@ -224,11 +226,18 @@ def decoding_bytes(image: Image.Image) -> int:
     return image.width * image.height * 4 * copies
 
 
-def to_picture(image: Image.Image, spec: PixelSpec, limits: ImageLimits = DEFAULT_LIMITS) -> Picture:
-    """Decode an opened image to the size that `spec` asks for. Raises an ImageError."""
+def to_picture(
+    image: Image.Image, spec: PixelSpec, limits: ImageLimits = DEFAULT_LIMITS, *, lend_memory: bool = True
+) -> Picture:
+    """Decode an opened image to the size that `spec` asks for. Raises an ImageError.
+
+    With `lend_memory` the image's own pixels may be gone when this thread decodes its next image.
+    """
     try:
         check_pixels(image.width, image.height, limits.max_pixels, "the image")
         full = _reduce(image, spec) if limits.reduced_jpeg else None
+        if lend_memory:
+            pixel_memory.lend(image)
         image.load()
         turn = _orientation(image) if limits.exif_orientation else None
         if turn is not None:

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from clipfleet import pixel_memory
+
 LIBRARY = Path(__file__).with_name("_resample.so")
 _FILTERS = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
 _ONE_BLOCK = 1 << 30  # bytes
@@ -107,6 +109,9 @@ def _memory(image: Image.Image, size: int) -> tuple[int, Any]:
 
     ValueError: they do not lie in one block, or otherwise than in the Pillow that this was written for.
     """
+    lent = pixel_memory.address(image)
+    if lent is not None:
+        return lent, image
     owner = image.__arrow_c_array__()  # pyright: ignore[reportAttributeAccessIssue]  # absent from Pillow's own types
     pixels = _ArrowArray.from_address(_pointer(owner[1], b"arrow_array"))  # a list of 4 bytes each
     if (pixels.length * 4, pixels.offset, pixels.n_children) == (size, 0, 1):

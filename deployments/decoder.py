@@ -84,6 +84,7 @@ class DecoderReplica:
         self._apart = ThreadPoolExecutor(2, "decode-apart", threads.give_way)  # each with a process
         self._seconds = decode_seconds()
         memory.collect_rarely()
+        memory.return_large_blocks()
 
     async def decode(self, images: Sequence[bytes], deadline: float) -> list[Pixels]:
         """Decode each image to the checkpoint's pixels: one array or error an image, in order.
@@ -119,7 +120,6 @@ class DecoderReplica:
             tracing.record("decode an image", trace, began, ended, bytes=len(data))
             if data is not _PROBE:
                 self._seconds.observe(max(ended - began, 1e-6))
-            memory.return_unused()
 
     def _decode_apart(self, images: Sequence[bytes], deadline: float) -> list[Pixels]:
         child = DecodeProcess(self._spec, self._limits)

@@ -29,9 +29,9 @@ del arrays
 """
 
 
-def _held(first: str, last: str = "") -> float:
+def _held(first: str) -> float:
     root = Path(__file__).parents[2]
-    code = f"{first}\n{_CHURN}\n{last}\nprint(resident() - before)"
+    code = f"{first}\n{_CHURN}\nprint(resident() - before)"
     return float(subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, check=True).stdout)
 
 
@@ -39,9 +39,3 @@ def _held(first: str, last: str = "") -> float:
 def test_large_blocks_are_returned_at_once() -> None:
     assert _held("") > 80, "this test shows nothing: the C library already returns them"
     assert _held("from deployments import memory; memory.return_large_blocks()") < 30
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has this call")
-def test_what_is_free_is_returned_now_and_then() -> None:
-    assert _held("from deployments import memory", "memory.return_unused()") < 30
-    assert _held("from deployments import memory; memory.return_unused()", "memory.return_unused()") > 80, "10 s later"

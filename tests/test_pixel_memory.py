@@ -1,0 +1,190 @@
+"""Photographs are decoded into memory that a thread uses again: the same pixels, and nothing of the image before."""
+
+from __future__ import annotations
+
+import io
+import platform
+import random
+import resource
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image
+
+from clipfleet import pixel_memory
+from clipfleet.errors import ImageError
+from clipfleet.images import DEFAULT_LIMITS, ImageLimits, decode, open_image, to_picture
+from tests.pictures import encode, picture
+from tests.reference import CLIP, reference_pixels, spec_of
+
+SPEC = spec_of(CLIP)
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # what Pillow finds in damaged files
+
+linux = pytest.mark.skipif(platform.system() != "Linux", reason="what is measured is Linux'")
+
+
+@pytest.fixture
+def thread() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(1) as one:
+        yield one
+
+
+def pillows(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> np.ndarray:
+    """The pixels in memory that Pillow takes."""
+    with open_image(data, limits) as image:
+        return to_picture(image, SPEC, limits, lend_memory=False).pixels
+
+
+def is_lent(data: bytes) -> bool:
+    with open_image(data) as image:
+        to_picture(image, SPEC)
+        return pixel_memory.address(image) is not None
+
+
+def turned(data: bytes, orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return encode(Image.open(io.BytesIO(data)), "JPEG", exif=exif)
+
+
+def test_a_jpeg_is_lent_memory_and_others_are_not(thread: ThreadPoolExecutor) -> None:
+    rgb = picture("RGB")
+    assert thread.submit(is_lent, encode(rgb, "JPEG")).result()
+    assert thread.submit(is_lent, encode(rgb, "JPEG", progressive=True)).result()
+    assert thread.submit(is_lent, encode(rgb, "MPO")).result()
+    for other in (encode(rgb, "PNG"), encode(picture("L"), "JPEG"), encode(picture("CMYK"), "JPEG")):
+        assert not thread.submit(is_lent, other).result()
+
+
+def test_more_than_a_thread_may_keep_is_not_lent(thread: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pixel_memory, "_MOST", 4 * 100 * 100)
+    assert thread.submit(is_lent, encode(picture("RGB", 100, 100), "JPEG")).result()
+    assert not thread.submit(is_lent, encode(picture("RGB", 101, 100), "JPEG")).result()
+
+
+def test_the_pixels_are_those_of_pillows_own_memory_on_threads_at_once() -> None:
+    rng = random.Random(3)
+    files = [
+        encode(picture("RGB", rng.randint(1, 900), rng.randint(1, 700)), "JPEG", quality=rng.randint(5, 95))
+        for _ in range(24)
+    ]
+    files += [turned(file, orientation) for file, orientation in zip(files, range(1, 9), strict=False)]
+    limits = [DEFAULT_LIMITS, ImageLimits(reduced_jpeg=True), ImageLimits(exif_orientation=False)]
+    expected = [[pillows(file, each) for each in limits] for file in files]
+    together = threading.Barrier(4)
+
+    def work(seed: int) -> None:
+        together.wait(60)
+        order = [(file, each) for file in range(len(files)) for each in range(len(limits))] * 3
+        random.Random(seed).shuffle(order)
+        for file, each in order:
+            assert np.array_equal(decode(files[file], SPEC, limits[each]).pixels, expected[file][each])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+
+
+def test_nothing_of_the_image_before_is_seen_in_a_damaged_one(thread: ThreadPoolExecutor) -> None:
+    white = encode(Image.new("RGB", (160, 120), "white"), "JPEG")
+    rng = random.Random(5)
+
+    def damaged() -> Iterator[bytes]:
+        for options in ({}, {"progressive": True}, {"restart_marker_blocks": 3}):
+            data = encode(picture("RGB", 160, 120), "JPEG", **options)
+            for length in range(20, len(data), 61):
+                yield data[:length]
+                yield data[:length] + b"\xff\xd9"  # ends early, as if it were whole
+            for _ in range(200):
+                flipped = bytearray(data)
+                for _ in range(rng.randint(1, 4)):
+                    flipped[rng.randrange(len(data))] = rng.randrange(256)
+                yield bytes(flipped)
+
+    def outcome(data: bytes, lend_memory: bool) -> object:
+        try:
+            with open_image(data) as image:
+                return to_picture(image, SPEC, lend_memory=lend_memory).pixels.tobytes()
+        except ImageError as error:
+            return str(error)
+
+    def compare() -> int:
+        decoded = 0
+        for data in damaged():
+            decode(white, SPEC)
+            found = outcome(data, True)
+            assert found == outcome(data, False)
+            decoded += isinstance(found, bytes)
+        return decoded
+
+    assert thread.submit(compare).result() > 100, "too few of them decode to show anything"
+
+
+def test_an_image_of_the_callers_keeps_its_pixels() -> None:
+    whole = picture("RGB", 160, 120)
+    with Image.open(io.BytesIO(encode(whole, "JPEG"))) as image:
+        before = decode(image, SPEC).pixels
+        decode(encode(Image.new("RGB", (160, 120), "white"), "JPEG"), SPEC)
+        assert np.array_equal(decode(image, SPEC).pixels, before)
+        assert np.array_equal(reference_pixels(image, CLIP), before)
+
+
+@linux
+def test_the_next_image_takes_no_new_memory(thread: ThreadPoolExecutor) -> None:
+    data = encode(Image.new("RGB", (3000, 2000)), "JPEG")  # 23 MB of pixels: 5,859 pages of 4 KiB
+
+    def new_pages(lend_memory: bool) -> int:
+        before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+        with open_image(data) as image:
+            to_picture(image, SPEC, lend_memory=lend_memory)
+        return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
+
+    thread.submit(new_pages, True).result()
+    assert thread.submit(new_pages, True).result() < 1000
+
+
+def own_mb() -> int:
+    return next(
+        int(line.split()[1]) // 1024
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("RssAnon")
+    )
+
+
+@linux
+def test_what_no_image_needs_any_more_is_given_back(
+    thread: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large, small = encode(Image.new("RGB", (4000, 4000)), "JPEG"), encode(picture("RGB", 200, 100), "JPEG")
+    before = own_mb()
+    thread.submit(decode, large, SPEC).result()
+    thread.submit(decode, small, SPEC).result()
+    assert own_mb() > before + 50, "kept for the next one"
+    monkeypatch.setattr(pixel_memory, "_LOOK_S", -1.0)
+    thread.submit(decode, small, SPEC).result()  # of the time before this one, the large one was the largest
+    thread.submit(decode, small, SPEC).result()
+    assert own_mb() < before + 20
+    assert np.array_equal(thread.submit(decode, large, SPEC).result().pixels, pillows(large)), "and taken anew"
+
+
+def test_a_pillow_that_does_not_do_it_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, thread: ThreadPoolExecutor
+) -> None:
+    class Core:  # stands for a Pillow whose core has no such function
+        def __getattr__(self, name: str) -> object:
+            if name == "map_buffer":
+                raise AttributeError(name)
+            return getattr(core, name)
+
+    core, data = Image.core, encode(picture("RGB"), "JPEG")
+    pixel_memory._works.cache_clear()
+    try:
+        monkeypatch.setattr(Image, "core", Core())
+        assert not thread.submit(is_lent, data).result()
+        assert np.array_equal(decode(data, SPEC).pixels, pillows(data))
+    finally:
+        pixel_memory._works.cache_clear()
