@@ -9,6 +9,7 @@ import json
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from benchmarks.services import clipfleet
 from clipfleet import load_image
 from clipfleet.checkpoint import find_checkpoint
 from clipfleet.encoder import Encoder
+from clipfleet.images import open_image, to_picture
 from clipfleet.load import image_request, run_load
 from clipfleet.resize import resize, target_size
 
@@ -35,7 +37,13 @@ REQUESTS = 192
 
 
 def measure(repetitions: int, notes: list[str]) -> list[Row]:
-    return [*_engines(repetitions, notes), *_resizing(repetitions), *_decoders(), *_processes(notes)]
+    return [
+        *_engines(repetitions, notes),
+        *_resizing(repetitions),
+        *_decoding(repetitions),
+        *_decoders(),
+        *_processes(notes),
+    ]
 
 
 def _row(work: str, found: list[float], unit: str, against: str = "") -> Row:
@@ -100,14 +108,34 @@ def _resizing(repetitions: int) -> list[Row]:
         for image, size in zip(images, sizes, strict=True):
             resize(image, size, spec, 64_000_000)
 
-    took: dict[str, list[float]] = {"Pillow": [], "clipfleet": []}
-    for _ in range(repetitions):
-        for name, run in (("Pillow", pillow), ("clipfleet", ours)):
-            started = time.process_time()
-            run()
-            took[name].append((time.process_time() - started) * 1000 / len(images))
-    a, b = Spread.of(took["clipfleet"]), Spread.of(took["Pillow"])
+    a, b = _ms_of_a_core([ours, pillow], repetitions, len(images))
     return [Row("resize to 224 px, the same pixels", a, "ms of a core", "Pillow", b, ratio(b, a))]
+
+
+def _decoding(repetitions: int) -> list[Row]:
+    """Photographs in bytes to 224 px: in memory that the thread keeps, and in memory that Pillow takes for each."""
+    spec = find_checkpoint("tiny").pixels
+    photographs = [path.read_bytes() for path in data.files(data.photographs(data.LIBRARY_FILES))[:60]]
+
+    def run(keep: bool) -> None:
+        for photograph in photographs:
+            with open_image(photograph) as image:
+                to_picture(image, spec, keep=keep)
+
+    a, b = _ms_of_a_core([lambda: run(False), lambda: run(True)], repetitions, len(photographs))
+    return [Row("JPEG decoded and resized to 224 px", a, "ms of a core", "in memory of Pillow's", b, ratio(b, a))]
+
+
+def _ms_of_a_core(programs: list[Callable[[], None]], repetitions: int, images: int) -> list[Spread]:
+    """What each program takes an image, in turns, after one unmeasured turn."""
+    took: list[list[float]] = [[] for _ in programs]
+    for turn in range(repetitions + 1):
+        for program, found in zip(programs, took, strict=True):
+            started = time.process_time()
+            program()
+            if turn:
+                found.append((time.process_time() - started) * 1000 / images)
+    return [Spread.of(found) for found in took]
 
 
 def _decoders() -> list[Row]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import stat
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -87,7 +88,7 @@ def decode(source: ImageSource, spec: PixelSpec, limits: ImageLimits = DEFAULT_L
     """Decode one image to the size that `spec` asks for. Raises an ImageError."""
     if isinstance(source, Image.Image):
         # the caller's image stays as it is
-        return to_picture(source, spec, replace(limits, reduced_jpeg=False), lend_memory=False)
+        return to_picture(source, spec, replace(limits, reduced_jpeg=False), keep=True)
     data = read_file(source, limits) if isinstance(source, (str, os.PathLike)) else source
     if not isinstance(data, (bytes, bytearray, memoryview)):
         raise TypeError(f"an image is a path, bytes or a PIL image, not {type(data).__name__}")
@@ -218,7 +219,7 @@ def decoding_bytes(image: Image.Image) -> int:
     """Estimate the memory in bytes that decoding an opened image takes at its peak, before it is resized."""
     # Pillow keeps most modes at 4 bytes a pixel. Measured over that at 62 megapixels: Pillow's WebP and AVIF hold frames of
     # their own, wide greys are copied to be scaled, and a JPEG may be progressive and may be turned.
-    copies = {"WEBP": 4, "AVIF": 3, "JPEG": 2}.get(image.format or "", 1)
+    copies = {"WEBP": 4, "AVIF": 3, "JPEG": 2, "MPO": 2}.get(image.format or "", 1)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         copies += 2
     elif image.mode not in ("RGB", "L", "1"):
@@ -227,27 +228,17 @@ def decoding_bytes(image: Image.Image) -> int:
 
 
 def to_picture(
-    image: Image.Image, spec: PixelSpec, limits: ImageLimits = DEFAULT_LIMITS, *, lend_memory: bool = True
+    image: Image.Image, spec: PixelSpec, limits: ImageLimits = DEFAULT_LIMITS, *, keep: bool = False
 ) -> Picture:
     """Decode an opened image to the size that `spec` asks for. Raises an ImageError.
 
-    With `lend_memory` the image's own pixels may be gone when this thread decodes its next image.
+    Without `keep` the image itself may have no pixels afterwards.
     """
     try:
         check_pixels(image.width, image.height, limits.max_pixels, "the image")
         full = _reduce(image, spec) if limits.reduced_jpeg else None
-        if lend_memory:
-            pixel_memory.lend(image)
-        image.load()
-        turn = _orientation(image) if limits.exif_orientation else None
-        if turn is not None:
-            image = image.transpose(turn)
-        size = image.size  # some formats learn it while loading
-        if full is not None:
-            size = (full[1], full[0]) if turn in _SWAPS_EDGES else full
-        check_pixels(*size, limits.max_pixels, "the image")
-        pixels = resize(_to_rgb(image), target_size(*size, spec), spec, limits.max_pixels)
-        return Picture(np.ascontiguousarray(pad(pixels, spec.size)), *size)
+        with nullcontext() if keep else pixel_memory.lend(image):
+            return _to_picture(image, full, spec, limits)
     except ClipfleetError:
         raise
     except MemoryError as error:
@@ -255,6 +246,19 @@ def to_picture(
     except Exception as error:  # damaged data surfaces as OSError, SyntaxError, struct.error and whatever else
         kind = image.format or "image"
         raise ImageCorrupt(f"the {kind} is truncated or damaged: {error}", format=image.format) from error
+
+
+def _to_picture(image: Image.Image, full: tuple[int, int] | None, spec: PixelSpec, limits: ImageLimits) -> Picture:
+    image.load()
+    turn = _orientation(image) if limits.exif_orientation else None
+    if turn is not None:
+        image = image.transpose(turn)
+    size = image.size  # some formats learn it while loading
+    if full is not None:
+        size = (full[1], full[0]) if turn in _SWAPS_EDGES else full
+    check_pixels(*size, limits.max_pixels, "the image")
+    pixels = resize(_to_rgb(image), target_size(*size, spec), spec, limits.max_pixels)
+    return Picture(np.ascontiguousarray(pad(pixels, spec.size)), *size)
 
 
 _TRANSPOSE = {

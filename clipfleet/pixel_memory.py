@@ -1,9 +1,9 @@
 """Memory for a photograph's decoded pixels, which each thread keeps and uses again.
 
 Pillow takes new memory for every image, tens of megabytes for a photograph. That costs zeroes which are at once written
-over and a page fault for every 4 KiB, together an eighth of the time of decoding, and it leaves holes in the heap, which
-therefore grows for as long as new mixtures of sizes are met. Only JPEGs get such memory: their decoder writes each pixel or
-raises an error, so that nothing of the image before can be seen.
+over and a page fault for every 4 KiB (an eighth of the time of decoding, docs/performance.md), and it leaves holes in the
+heap, which grows for as long as new mixtures of sizes are met. Only JPEGs get such memory: their decoder writes each pixel
+or raises an error, so that nothing of the image before can be seen.
 """
 
 from __future__ import annotations
@@ -13,16 +13,19 @@ import io
 import mmap
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 
 _MOST = 64 * 2**20  # bytes a thread keeps: 16 megapixels
 _UNIT = 2**20
 _LOOK_S = 10.0
-# Private memory, where that has to be said: of shared memory nothing can be given back.
+# Private where that has to be said: shared memory would be a forked child's too, and nothing of it could be given back.
 _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
 
 
@@ -32,64 +35,83 @@ class _Kept(threading.local):
     memory: mmap.mmap | None = None
     address = 0
     lent: object = None  # Pillow's core of the image whose pixels lie there
-    needed = 0  # bytes, at most, since it was last looked
+    needed = 0  # the most bytes that an image took since `looked`
     looked = 0.0
 
     def room(self, size: int) -> mmap.mmap:
-        self.lent = None
-        self.needed = max(self.needed, -(-size // _UNIT) * _UNIT)
-        if self.memory is None or len(self.memory) < self.needed:
+        size = -(-size // _UNIT) * _UNIT
+        if self.memory is None or len(self.memory) < size:
             self.memory = None  # before there is more
-            self.memory = mmap.mmap(-1, self.needed, **_PRIVATE)
+            self.memory = mmap.mmap(-1, size, **_PRIVATE)
             self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
-        self._give_back(self.memory)
+        self.needed = max(self.needed, size)
         return self.memory
 
-    def _give_back(self, memory: mmap.mmap) -> None:
-        """Return what no image has needed for ten seconds or more to the system."""
+    def give_back(self) -> None:
+        """Return to the system what none of this thread's images took since this was last done, every 10 s at most."""
         now = time.monotonic()
         if now - self.looked > _LOOK_S:
-            if len(memory) > self.needed and hasattr(mmap, "MADV_DONTNEED"):
-                memory.madvise(mmap.MADV_DONTNEED, self.needed)
+            if self.memory is not None and len(self.memory) > self.needed and hasattr(mmap, "MADV_DONTNEED"):
+                self.memory.madvise(mmap.MADV_DONTNEED, self.needed)
             self.looked, self.needed = now, 0
 
 
 _kept = _Kept()
 
 
-def lend(image: Image.Image) -> None:
-    """Have an opened image decoded into this thread's memory, where its pixels stay until the thread's next image.
+@contextmanager
+def lend(image: Image.Image) -> Iterator[None]:
+    """Have an image that was opened, not loaded, decoded into this thread's memory. Afterwards it has no pixels any more.
 
-    Does nothing to images that are no JPEGs in RGB, are decoded already or take more than 64 MiB.
+    Does nothing to images that are no JPEGs in RGB or take more than 64 MiB, nor inside of another.
     """
-    size = 4 * image.width * image.height
-    if isinstance(image, JpegImageFile) and image.mode == "RGB" and image.tile and size <= _MOST and _works():
-        _lend(image, size)
-
-
-def _lend(image: Image.Image, size: int) -> None:
-    try:
-        core = Image.core.map_buffer(_kept.room(size), image.size, "raw", 0, ("RGB", 0, 1))
-    except OSError:  # no memory: Pillow says so better
+    core = None
+    if _kept.lent is None:
+        _kept.give_back()
+        core = _core(image)
+    if core is None:
+        yield
         return
     image.im = _kept.lent = core
+    try:
+        yield
+    finally:
+        image._im = _kept.lent = None  # type: ignore[assignment]  # whoever asks for them gets an error
+
+
+def _core(image: Image.Image) -> Any:
+    """Pillow's image in this thread's memory, or None."""
+    size = 4 * image.width * image.height
+    if not isinstance(image, JpegImageFile) or image.mode != "RGB" or not image.tile or size > _MOST:
+        return None
+    if ImageFile.LOAD_TRUNCATED_IMAGES or not _works():  # a truncated one keeps what was there
+        return None
+    try:
+        return _map(_kept.room(size), image)
+    except OSError:  # no memory: Pillow says so better
+        return None
+
+
+def _map(memory: mmap.mmap | bytearray, image: Image.Image) -> Any:
+    return Image.core.map_buffer(memory, image.size, "raw", 0, ("RGB", 0, 1))
 
 
 def address(image: Image.Image) -> int | None:
     """Where the pixels of an image, 4 bytes each, lie in this thread's memory; None if they do not."""
-    return _kept.address if _kept.lent is not None and image.im is _kept.lent else None
+    return _kept.address if _kept.lent is not None and getattr(image, "_im", None) is _kept.lent else None
 
 
 @cache
 def _works() -> bool:
     """Whether this Pillow decodes into memory that it is given."""
-    file = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)).save(file, "JPEG")
     try:
-        with Image.open(file) as image, Image.open(file) as same:
-            _lend(image, 4 * image.width * image.height)
+        file = io.BytesIO()
+        noise = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(file, "JPEG")
+        memory = bytearray(4 * 24 * 40)
+        with Image.open(file) as image, Image.open(io.BytesIO(file.getvalue())) as same:
+            image.im = _map(memory, image)
             image.load()
-            at = address(image)
-            return at is not None and ctypes.string_at(at, 4 * 24 * 40) == same.convert("RGBA").tobytes()
-    except (AttributeError, TypeError, ValueError):
+            return memory == same.convert("RGBA").tobytes()
+    except Exception:  # whatever another Pillow does here is no fault of the image
         return False

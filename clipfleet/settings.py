@@ -63,7 +63,8 @@ class LimitSettings(Settings):
     inflight_bytes: Count = 512 * 1024 * 1024
     """Bytes of requests that one ingress replica holds at once. Beyond that it answers 429."""
     decoding_bytes: Count = 1024 * 1024 * 1024
-    """Decoded bytes that one decoder replica holds at once."""
+    """Decoded bytes that one decoder replica holds at once. Each of its threads, four at most, keeps up to 64 MiB besides, to
+    use them again."""
 
     @field_validator("image_formats")
     @classmethod
