@@ -113,7 +113,8 @@ def _resizing(repetitions: int) -> list[Row]:
 
 
 def _decoding(repetitions: int) -> list[Row]:
-    """Photographs in bytes to 224 px: in memory that the thread keeps, and in memory that Pillow takes for each."""
+    """Photographs in bytes to 224 px: in memory that the thread keeps, and in memory that Pillow takes for each, whose pages
+    the C library keeps at its own settings (replicas have it return them, so that each would be new)."""
     spec = find_checkpoint("tiny").pixels
     photographs = [path.read_bytes() for path in data.files(data.photographs(data.LIBRARY_FILES))[:60]]
 
@@ -130,7 +131,8 @@ def _ms_of_a_core(programs: list[Callable[[], None]], repetitions: int, images: 
     """What each program takes an image, in turns, after one unmeasured turn."""
     took: list[list[float]] = [[] for _ in programs]
     for turn in range(repetitions + 1):
-        for program, found in zip(programs, took, strict=True):
+        pairs = list(zip(programs, took, strict=True))
+        for program, found in reversed(pairs) if turn % 2 else pairs:
             started = time.process_time()
             program()
             if turn:

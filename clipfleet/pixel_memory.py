@@ -1,9 +1,10 @@
 """Memory for a photograph's decoded pixels, which each thread keeps and uses again.
 
 Pillow takes new memory for every image, tens of megabytes for a photograph. That costs zeroes which are at once written
-over and a page fault for every 4 KiB (an eighth of the time of decoding, docs/performance.md), and it leaves holes in the
-heap, which grows for as long as new mixtures of sizes are met. Only JPEGs get such memory: their decoder writes each pixel
-or raises an error, so that nothing of the image before can be seen.
+over and a page fault for every 4 KiB, and it leaves holes in the heap, which grows while new mixtures of sizes are met
+(docs/performance.md has what this saves). A thread keeps what its largest image of late took, until it decodes others or
+ends. Only JPEGs get such memory: their decoder writes each pixel or raises an error, so that nothing of the image before can
+be seen.
 """
 
 from __future__ import annotations
@@ -72,8 +73,8 @@ def lend(image: Image.Image) -> Iterator[None]:
     if core is None:
         yield
         return
-    image.im = _kept.lent = core
     try:
+        image.im = _kept.lent = core
         yield
     finally:
         image._im = _kept.lent = None  # type: ignore[assignment]  # whoever asks for them gets an error
@@ -113,5 +114,7 @@ def _works() -> bool:
             image.im = _map(memory, image)
             image.load()
             return memory == same.convert("RGBA").tobytes()
+    except MemoryError:  # says nothing of Pillow: asked again
+        raise
     except Exception:  # whatever another Pillow does here is no fault of the image
         return False

@@ -1,7 +1,7 @@
 """Cause faults and print one row a promise.
 
     python -m faults chaos | upgrades | nodes | job | overload | fuzz | schema | soak
-                     [--seconds S] [--images N] [--files N] [--seed K]
+                     [--seconds S] [--images N] [--files N] [--seed K] [--leak-bytes N]
 
 Status 1 where a promise was broken.
 """
@@ -24,7 +24,7 @@ KINDS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
     "overload": lambda given: overload.measure(given.seconds),
     "fuzz": lambda given: fuzz.measure(given.files, given.files // 4, given.seed),
     "schema": lambda given: schema.measure(given.seed),
-    "soak": lambda given: soak.measure(given.seconds, given.seed),
+    "soak": lambda given: soak.measure(given.seconds, given.seed, given.leak_bytes),
 }
 
 
@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60, help="of each fault, or of the soak (default 60)")
     parser.add_argument("--images", type=int, default=20_000, help="of the job that is killed (default 20,000)")
     parser.add_argument("--files", type=int, default=20_000, help="through the decoder; a quarter as many over HTTP")
+    parser.add_argument("--leak-bytes", type=int, default=0, help="of each JPEG in the soak, which has to be found")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     arguments = parser.parse_args()
     random.seed(arguments.seed)

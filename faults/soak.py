@@ -1,7 +1,7 @@
 """Mixed load for half an hour: texts, single images, lists, broken ones and clients that leave. Nothing may grow.
 
-Memory also grows for as long as more is in flight at once than ever before, which with a few clients that draw their requests
-takes hours to end. So there are twice as many in the warm-up: what still grows after it grows with the number of requests.
+Memory also grows whenever more is in flight at once than ever before, which clients that draw their requests may go on doing
+for long. So there are twice as many in the warm-up: what still grows after it grows with the number of requests.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.processes import below
 from clipfleet.load import image_request, json_request
-from faults.chaos import leave, pictures
+from faults.chaos import injected, leave, pictures
 from faults.mutate import mutants
 from faults.report import Row
 from faults.served import config, serve
@@ -40,7 +40,15 @@ Points = list[tuple[float, float]]  # (seconds, value)
 Samples = dict[str, dict[str, Points]]  # of memory, descriptors and threads, by a process's name and id
 
 
-def measure(seconds: float, seed: int) -> list[Row]:
+def measure(seconds: float, seed: int, leak_bytes: int = 0) -> list[Row]:
+    """With `leak_bytes` each JPEG leaks so many in its decoder: that has to be found, or the soak shows nothing."""
+    if leak_bytes:
+        with injected():
+            os.environ["LEAK_BYTES"] = str(leak_bytes)
+            try:
+                return measure(seconds, seed)
+            finally:
+                del os.environ["LEAK_BYTES"]
     shown = [picture.body for picture in pictures("tiny", count=32)]
     seen: Counter[str] = Counter()
     stop, warm = threading.Event(), threading.Event()
@@ -56,10 +64,13 @@ def measure(seconds: float, seed: int) -> list[Row]:
         for client in clients:
             client.start()
         until_warm = threading.Timer(0.8 * WARM_UP * seconds, warm.set)
+        until_warm.daemon = True
         until_warm.start()
-        samples = _watch(served.pid, seconds)
-        stop.set()
-        until_warm.join()
+        try:
+            samples = _watch(served.pid, seconds)
+        finally:
+            stop.set()
+            warm.set()
         for client in clients:
             client.join()
         alive = served.ready()

@@ -2,7 +2,7 @@
 
 A JPEG with the comment below ends the process that decodes it. A file `hang` in the folder FAULTS makes the next forward
 pass of an image encoder hang, a file `raise` makes it run out of memory; whoever does so takes the file away. To a file
-`encoded` each forward pass of images adds a line with their number.
+`encoded` each forward pass of images adds a line with their number. Each JPEG leaks LEAK_BYTES.
 """
 
 import importlib.abc
@@ -20,12 +20,16 @@ from typing import Any
 from PIL import JpegImagePlugin
 
 COMMENT = b"clipfleet: end this process"
+LEAK_BYTES = int(os.environ.get("LEAK_BYTES", 0))
+_leaked: list[bytearray] = []
 _load = JpegImagePlugin.JpegImageFile.load
 
 
 def load(self: JpegImagePlugin.JpegImageFile) -> object:
     if self.info.get("comment") == COMMENT:
         os.kill(os.getpid(), signal.SIGKILL)
+    if LEAK_BYTES:
+        _leaked.append(bytearray(LEAK_BYTES))
     return _load(self)
 
 
