@@ -153,7 +153,10 @@ def _trend(samples: Samples) -> Row:
         alike = np.clip((rest[1:] * rest[:-1]).sum() / max((rest**2).sum(), 1e-9), 0.0, 0.6)
         slopes[name] = float(slope), float(error * np.sqrt((1 + alike) / (1 - alike)))
     worst = sorted(slopes.items(), key=lambda item: -(item[1][0] - item[1][1]))[:4]
-    listed = ", ".join(f"{name} {slope:+.1f} ± {error:.1f}" for name, (slope, error) in worst)
+    listed = (
+        ", ".join(f"{name} {slope:+.1f} ± {error:.1f}" for name, (slope, error) in worst) or "too short for a slope"
+    )
+
     kept = bool(slopes) and all(slope - error <= SLOPE_MB_H for slope, error in slopes.values())
     return Row("growth of memory, MB an hour", f"{len(slopes)} processes", 1, listed, kept)
 
