@@ -21,16 +21,19 @@ enum { SCALE_BITS = 22, LOW_BITS = 12, HALF = 1 << (SCALE_BITS - 1) };
 enum { BLOCK = 8, ROWS = 4 }; /* what across_avx2 takes in one go: taps of a row, and rows */
 enum { WORTH_SPREADING = 32 }; /* rows for which spread() pays; its table is 4 times that of the weights */
 enum { STRIPE = 256 };        /* bytes of a row that down() adds up at a time */
+enum { AT_ONCE = 8 };         /* outputs of the second pass for which the first one makes rows, which stay in the cache */
 
 typedef struct {
     int taps;       /* of each output, with zeros up to a multiple of BLOCK: may reach beyond the source's end */
     int *first;     /* source position of an output's first tap */
     int32_t *kept;  /* coefficients, outputs x taps */
+    int16_t *spread; /* the same for across_avx2, once it was needed */
 } weights;
 
 static void free_weights(weights *w) {
     free(w->first);
     free(w->kept);
+    free(w->spread);
 }
 
 static double triangle(double x) {
@@ -106,18 +109,19 @@ static void across_plain(const uint8_t *source, size_t stride, int length, int r
 
 /* The coefficients as across_avx2 multiplies them. For each block of 8 taps: the low parts of taps (0 1 | 4 5) and of
  * (2 3 | 6 7), then the high parts, every pair four times, once for each byte of a pixel. NULL without memory. */
-static int16_t *spread(const weights *w, int count) {
+static const int16_t *spread(weights *w, int count) {
     const size_t blocks = (size_t)count * w->taps / BLOCK;
     void *memory = NULL;
+    if (w->spread) return w->spread;
     if (posix_memalign(&memory, 32, blocks * 64 * sizeof(int16_t))) return NULL;
-    int16_t *to = memory;
+    int16_t *to = w->spread = memory;
     for (size_t b = 0; b < blocks; b++)
         for (int part = 0; part < 4; part++)
             for (int lane = 0; lane < 16; lane++) {
                 const int32_t value = w->kept[b * BLOCK + (part & 1) * 2 + (lane & 8) / 2 + (lane & 1)];
                 *to++ = (int16_t)(part < 2 ? value & ((1 << LOW_BITS) - 1) : value >> LOW_BITS);
             }
-    return memory;
+    return w->spread;
 }
 
 /* `rows` is a multiple of ROWS. Reads whole blocks, so up to the furthest tap even where its coefficient is zero. */
@@ -158,8 +162,9 @@ __attribute__((target("avx2"))) static void across_avx2(const uint8_t *source, s
     }
 }
 
-/* The pass along rows of `length` pixels: result is (rows, count) pixels. Returns 0 without memory. */
-static int across(const uint8_t *source, size_t stride, int length, int rows, const weights *w, int count, int plain,
+/* The pass along `rows` rows of `length` pixels, behind which `more` follow: result is (rows, count) pixels. Returns 0
+ * without memory. */
+static int across(const uint8_t *source, size_t stride, int length, int rows, int more, weights *w, int count, int plain,
                   uint8_t *result) {
     int done = 0;
     if (!plain && __builtin_cpu_supports("avx2")) {
@@ -169,30 +174,31 @@ static int across(const uint8_t *source, size_t stride, int length, int rows, co
         /* a block that reaches beyond its row must not reach beyond the last one */
         const size_t beyond = (size_t)(furthest - length) * 4;
         const int last = beyond ? (int)((beyond + stride - 1) / stride) : 0;
-        if (rows - last >= WORTH_SPREADING) done = (rows - last) / ROWS * ROWS;
+        const int whole = rows + more > last ? rows + more - last : 0;
+        if (w->spread || whole >= WORTH_SPREADING) done = (rows < whole ? rows : whole) / ROWS * ROWS;
         if (done) {
-            int16_t *kept = spread(w, count);
+            const int16_t *kept = spread(w, count);
             if (!kept) return 0;
             across_avx2(source, stride, done, w, kept, count, result);
-            free(kept);
         }
     }
     across_plain(source + done * stride, stride, length, rows - done, w, count, result + (size_t)done * count * 4);
     return 1;
 }
 
-/* The pass down columns of `length` pixels: result is (count, bytes). Compilers make vector instructions of this one, of
- * those that the function it is part of may use. */
+/* The pass down columns of `length` pixels for the outputs [at, at + count): result is (count, bytes), source starts at the
+ * first output's first row. Compilers make vector instructions of this one, of those that the function it is part of may
+ * use. */
 __attribute__((always_inline)) static inline void add_rows(const uint8_t *restrict source, size_t stride, int length,
-                                                           size_t bytes, const weights *w, int count,
+                                                           size_t bytes, const weights *w, int at, int count,
                                                            uint8_t *restrict result) {
     int32_t sums[STRIPE];
     for (int i = 0; i < count; i++) {
-        const int32_t *kept = w->kept + (size_t)i * w->taps;
-        const int taps = taps_inside(w, i, length);
+        const int32_t *kept = w->kept + (size_t)(at + i) * w->taps;
+        const int taps = taps_inside(w, at + i, length);
         for (size_t start = 0; start < bytes; start += STRIPE) {
             const int wide = bytes - start < STRIPE ? (int)(bytes - start) : STRIPE;
-            const uint8_t *from = source + (size_t)w->first[i] * stride + start;
+            const uint8_t *from = source + (size_t)(w->first[at + i] - w->first[at]) * stride + start;
             for (int j = 0; j < STRIPE; j++) sums[j] = HALF;
             for (int k = 0; k < taps; k++, from += stride) {
                 const int32_t c = kept[k];
@@ -204,16 +210,61 @@ __attribute__((always_inline)) static inline void add_rows(const uint8_t *restri
 }
 
 __attribute__((target("avx2"))) static void down_avx2(const uint8_t *source, size_t stride, int length, size_t bytes,
-                                                      const weights *w, int count, uint8_t *result) {
-    add_rows(source, stride, length, bytes, w, count, result);
+                                                      const weights *w, int at, int count, uint8_t *result) {
+    add_rows(source, stride, length, bytes, w, at, count, result);
 }
 
-static void down(const uint8_t *source, size_t stride, int length, size_t bytes, const weights *w, int count, int plain,
-                 uint8_t *result) {
+static void down(const uint8_t *source, size_t stride, int length, size_t bytes, const weights *w, int at, int count,
+                 int plain, uint8_t *result) {
     if (!plain && __builtin_cpu_supports("avx2"))
-        down_avx2(source, stride, length, bytes, w, count, result);
+        down_avx2(source, stride, length, bytes, w, at, count, result);
     else
-        add_rows(source, stride, length, bytes, w, count, result);
+        add_rows(source, stride, length, bytes, w, at, count, result);
+}
+
+/* Both passes over (tall, wide) pixels, the height first. Returns 0 without memory. */
+static int down_then_across(const uint8_t *source, size_t stride, int tall, int wide, weights *x, int columns, weights *y,
+                            int rows, int plain, uint8_t *result) {
+    uint8_t *between = malloc((size_t)rows * wide * 4);
+    if (!between) return 0;
+    down(source, stride, tall, (size_t)wide * 4, y, 0, rows, plain, between);
+    const int done = across(between, (size_t)wide * 4, wide, rows, 0, x, columns, plain, result);
+    free(between);
+    return done;
+}
+
+/* Both passes, the width first: rows are made for a few outputs at a time, and those that the next ones take too are kept.
+ * A photograph's would be some megabytes at once. */
+static int across_then_down(const uint8_t *source, size_t stride, int tall, int wide, weights *x, int columns, weights *y,
+                            int rows, int plain, uint8_t *result) {
+    const size_t row = (size_t)columns * 4;
+    int most = 0;
+    for (int i = 0; i < rows; i++) {
+        const int last = i + AT_ONCE < rows ? i + AT_ONCE - 1 : rows - 1;
+        const int span = y->first[last] + taps_inside(y, last, tall) - y->first[i];
+        if (span > most) most = span;
+    }
+    uint8_t *between = malloc((most + ROWS) * row);
+    if (!between) return 0;
+    int from = 0, to = 0, done = 1; /* the rows that lie there */
+    for (int i = 0; i < rows && done; i += AT_ONCE) {
+        const int count = rows - i < AT_ONCE ? rows - i : AT_ONCE, last = i + count - 1;
+        const int kept = to > y->first[i] ? to - y->first[i] : 0;
+        memmove(between, between + (to - kept - from) * row, kept * row);
+        from = y->first[i];
+        if (!kept) to = from;
+        int more = y->first[last] + taps_inside(y, last, tall) - to;
+        if (more > 0) { /* whole groups, of which some may have been made for the outputs before */
+            more = (more + ROWS - 1) / ROWS * ROWS;
+            if (more > tall - to) more = tall - to;
+            done = across(source + to * stride, stride, wide, more, tall - to - more, x, columns, plain,
+                          between + kept * row);
+            to += more;
+        }
+        down(between, row, tall, row, y, i, count, plain, result + (size_t)i * row);
+    }
+    free(between);
+    return done;
 }
 
 /* Resize `source` (height, width) to (new_height, new_width) and give the part of it that starts at (top, left) and has
@@ -222,7 +273,7 @@ static void down(const uint8_t *source, size_t stride, int length, size_t bytes,
 int clipfleet_resample_1(const uint8_t *source, int width, int height, int new_width, int new_height, int left, int top,
                        int columns, int rows, int bicubic, int height_first, int plain, uint8_t *result) {
     weights x = {0}, y = {0};
-    uint8_t *between = NULL, *small = malloc((size_t)rows * columns * 4);
+    uint8_t *small = malloc((size_t)rows * columns * 4);
     const size_t stride = (size_t)width * 4;
     int done = 0;
     if (small && make_weights(&x, width, new_width, left, columns, bicubic) &&
@@ -233,18 +284,11 @@ int clipfleet_resample_1(const uint8_t *source, int width, int height, int new_w
         source += north * stride + (size_t)west * 4;
         for (int i = 0; i < columns; i++) x.first[i] -= west;
         for (int i = 0; i < rows; i++) y.first[i] -= north;
-        const size_t tall = south - north, wide = east - west;
-        between = malloc(height_first ? rows * wide * 4 : tall * columns * 4);
-        if (between && height_first) {
-            down(source, stride, (int)tall, wide * 4, &y, rows, plain, between);
-            done = across(between, wide * 4, (int)wide, rows, &x, columns, plain, small);
-        } else if (between) {
-            done = across(source, stride, (int)wide, (int)tall, &x, columns, plain, between);
-            down(between, (size_t)columns * 4, (int)tall, (size_t)columns * 4, &y, rows, plain, small);
-        }
-        for (size_t i = 0; i < (size_t)rows * columns; i++) memcpy(result + i * 3, small + i * 4, 3);
+        done = (height_first ? down_then_across : across_then_down)(source, stride, south - north, east - west, &x, columns,
+                                                                    &y, rows, plain, small);
+        if (done)
+            for (size_t i = 0; i < (size_t)rows * columns; i++) memcpy(result + i * 3, small + i * 4, 3);
     }
-    free(between);
     free(small);
     free_weights(&x);
     free_weights(&y);

@@ -20,7 +20,8 @@ from PIL import ExifTags, Image, ImageFile
 
 from clipfleet import pixel_memory, resample
 from clipfleet.errors import ImageError
-from clipfleet.images import DEFAULT_LIMITS, ImageLimits, decode, open_image, to_picture
+from clipfleet.image_files import DEFAULT_LIMITS, ImageLimits, open_image
+from clipfleet.images import decode, to_picture
 from tests.pictures import encode, picture
 from tests.reference import CLIP, reference_pixels, spec_of
 
@@ -175,7 +176,8 @@ NEW_PAGES = """
 import ctypes, io, resource
 from PIL import Image
 from clipfleet.checkpoint import find_checkpoint
-from clipfleet.images import open_image, to_picture
+from clipfleet.image_files import open_image
+from clipfleet.images import to_picture
 from deployments import memory
 
 ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: huge pages would be few
@@ -199,7 +201,7 @@ def test_the_next_image_takes_no_new_memory() -> None:
     )
     by_pillow, lent = map(int, done.stdout.split())
     assert by_pillow > 20_000_000 / mmap.PAGESIZE, "this test shows nothing: Pillow takes no new memory either"
-    assert lent < 6_000_000 / mmap.PAGESIZE  # the intermediate of the resizing
+    assert lent < 200_000 / mmap.PAGESIZE, "nor does the resizing"
 
 
 def own_mb() -> int:
