@@ -25,7 +25,8 @@ from benchmarks.services import clipfleet
 from clipfleet import load_image
 from clipfleet.checkpoint import find_checkpoint
 from clipfleet.encoder import Encoder
-from clipfleet.images import open_image, to_picture
+from clipfleet.image_files import open_image
+from clipfleet.images import to_picture
 from clipfleet.load import image_request, run_load
 from clipfleet.resize import resize, target_size
 

@@ -28,7 +28,8 @@ from clipfleet.errors import (
     ImageUnreadable,
     Unavailable,
 )
-from clipfleet.images import DEFAULT_LIMITS, ImageLimits, decode
+from clipfleet.image_files import DEFAULT_LIMITS, ImageLimits
+from clipfleet.images import decode
 
 TIMEOUT_S = 120  # the slowest image within the limits takes a few seconds; the rest is for slow disks
 _STARTS = 3

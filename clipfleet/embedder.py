@@ -22,7 +22,8 @@ from tqdm.auto import tqdm
 from clipfleet import threads
 from clipfleet.encoder import Encoder
 from clipfleet.errors import ClipfleetError, Closed, ImageError, ImageNotFound, SettingsError
-from clipfleet.images import ImageLimits, decode
+from clipfleet.image_files import ImageLimits
+from clipfleet.images import decode
 from clipfleet.vectors import cosine
 
 DEFAULT_MODEL = "openai/clip-vit-base-patch32"

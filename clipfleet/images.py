@@ -6,60 +6,26 @@ normalising), at a fraction of its memory. Nothing here needs torch.
 
 from __future__ import annotations
 
-import io
 import os
-import stat
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image
 
 from clipfleet import pixel_memory
 from clipfleet.checkpoint import PixelSpec, find_checkpoint
-from clipfleet.errors import (
-    ClipfleetError,
-    ImageCorrupt,
-    ImageEmpty,
-    ImageFormatUnsupported,
-    ImageNotFound,
-    ImageTooManyBytes,
-    ImageTooManyPixels,
-    ImageUnreadable,
-)
+from clipfleet.errors import ClipfleetError, ImageCorrupt, ImageTooManyPixels
+from clipfleet.image_files import DEFAULT_LIMITS, ImageLimits, open_image, read_file
 from clipfleet.resize import check_pixels, pad, resize, target_size
 
 ImageSource = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image
 
-SUFFIXES = (
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif",
-)  # fmt: skip
 PREPROCESSING_VERSION = 1  # part of the fingerprint: raise it whenever pixels change
-_MEGA = 1_000_000
-_JPEG_SCANS, _PNG_CHUNKS = 100, 10_000
-_SCAN = b"\xff\xda"
 _REDUCED_AT_LEAST = 2  # times the wanted size
 _STRIP_ROWS = 256  # some conversions go in strips, which bounds the copies that they make
-
-
-@dataclass(frozen=True)
-class ImageLimits:
-    """What one image may cost, and how it is read.
-
-    `max_pixels` also bounds the largest intermediate of the resizing. `reduced_jpeg` decodes large JPEGs at a fraction of
-    their size: faster, and no longer equal to the reference bit for bit.
-    """
-
-    max_bytes: int = 20 * 1024 * 1024
-    max_pixels: int = 64 * _MEGA
-    formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-    exif_orientation: bool = True
-    reduced_jpeg: bool = False
-
-
-DEFAULT_LIMITS = ImageLimits()
 
 
 class Picture(NamedTuple):
@@ -94,137 +60,6 @@ def decode(source: ImageSource, spec: PixelSpec, limits: ImageLimits = DEFAULT_L
         raise TypeError(f"an image is a path, bytes or a PIL image, not {type(data).__name__}")
     with open_image(data, limits) as image:
         return to_picture(image, spec, limits)
-
-
-def read_file(path: str | os.PathLike[str], limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
-    """Read an image file, but never more than the limit.
-
-    Raises ImageNotFound, ImageUnreadable or ImageTooManyBytes.
-    """
-    try:
-        with open(path, "rb", opener=_open_without_waiting) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise ImageUnreadable(f"{os.fspath(path)!r} is no regular file", path=os.fspath(path))
-            _check_bytes(status.st_size, limits)
-            data = file.read(limits.max_bytes + 1)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise ImageNotFound(f"no image file at {os.fspath(path)!r}", path=os.fspath(path)) from error
-    except ClipfleetError:
-        raise
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        raise ImageUnreadable(f"cannot read {os.fspath(path)!r}: {error}", path=os.fspath(path)) from error
-    _check_bytes(len(data), limits)  # the file may have grown since fstat
-    return data
-
-
-def _open_without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # a FIFO without a writer would block for ever
-
-
-def _check_bytes(size: int, limits: ImageLimits) -> None:
-    if size > limits.max_bytes:
-        raise ImageTooManyBytes(
-            f"the image has {size:,} bytes; the limit is {limits.max_bytes:,}", bytes=size, limit=limits.max_bytes
-        )
-
-
-def sniff(head: bytes | memoryview) -> str | None:
-    """Name the format whose signature `head` (the first 64 bytes or more) starts with, or None."""
-    head = bytes(head[:64])
-    if head.startswith(b"\xff\xd8\xff"):
-        return "JPEG"
-    if head.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "PNG"
-    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        return "WEBP"
-    if head.startswith((b"GIF87a", b"GIF89a")):
-        return "GIF"
-    if head.startswith(b"BM"):
-        return "BMP"
-    if head.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
-        return "TIFF"
-    if head[4:8] == b"ftyp":
-        length = int.from_bytes(head[:4], "big")  # of the box: a brand, a version, and brands it is compatible with
-        brands = {head[start : start + 4] for start in (8, *range(16, min(length, len(head)), 4))}
-        if brands & {b"avif", b"avis"}:  # others in this container are HEIC and films
-            return "AVIF"
-    return None
-
-
-def open_image(data: bytes | bytearray | memoryview, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
-    """Read an image's header: limits are checked, pixels are not decoded yet. Raises an ImageError."""
-    if len(data) == 0:
-        raise ImageEmpty("the image has 0 bytes")
-    _check_bytes(len(data), limits)
-    kind = sniff(memoryview(data))
-    if kind is None or kind not in limits.formats:
-        found = f"the image is {kind}" if kind else "the first bytes are no signature of an image format"
-        raise ImageFormatUnsupported(f"{found}; accepted are {', '.join(limits.formats)}", format=kind)
-    _check_parts(data if isinstance(data, bytes) else bytes(data), kind)
-    try:
-        image = Image.open(io.BytesIO(data), formats=[kind])
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageTooManyPixels(
-            f"the {kind} is over the limit of {limits.max_pixels:,} pixels", limit=limits.max_pixels
-        ) from error
-    except UnidentifiedImageError as error:
-        raise ImageCorrupt(f"the {kind} header does not decode", format=kind) from error
-    except Exception as error:  # Pillow's plugins raise whatever their parsing trips over
-        raise ImageCorrupt(f"the {kind} header does not decode: {error}", format=kind) from error
-    check_pixels(image.width, image.height, limits.max_pixels, "the image")
-    if kind == "TIFF":  # Pillow decodes whole tiles, whatever the image's own size
-        width, length = (_tag(image, tag) for tag in (ExifTags.Base.TileWidth, ExifTags.Base.TileLength))
-        check_pixels(width, length, limits.max_pixels, "a tile of the TIFF")
-    return image
-
-
-def _tag(image: Image.Image, tag: int) -> int:
-    value = image.tag_v2.get(tag)  # type: ignore[attr-defined]  # a TiffImageFile
-    return value if isinstance(value, int) and value > 0 else 1
-
-
-def _check_parts(data: bytes, kind: str) -> None:
-    """Refuse files whose many small parts take a decoder far longer than their pixels would."""
-    if kind == "JPEG":
-        # A scan may touch every pixel: 95 bytes cost as much as the rest of the file. Encoders write about ten.
-        # The bytes that start one are found in thumbnails too, and in the films that phones append: counted closely if many.
-        if data.count(_SCAN) > _JPEG_SCANS and (scans := _count_scans(data)) > _JPEG_SCANS:
-            raise ImageCorrupt(f"the JPEG has {scans} scans; the limit is {_JPEG_SCANS}", format=kind)
-    elif kind == "PNG":
-        chunks, start = 0, 8
-        while start + 8 <= len(data):
-            chunks += data[start + 4 : start + 8] != b"IDAT"
-            if chunks > _PNG_CHUNKS:
-                raise ImageCorrupt(f"the PNG has more than {_PNG_CHUNKS:,} chunks beside its pixels", format=kind)
-            start += 12 + int.from_bytes(data[start : start + 4], "big")
-
-
-def _count_scans(data: bytes) -> int:
-    """Scans of a JPEG up to its end: what lies in other segments and behind the end is passed over (ITU T.81, annex B)."""
-    scans, position = 0, 2
-    while 0 <= (position := data.find(b"\xff", position)) < len(data) - 3:
-        marker = data[position + 1]
-        if marker == 0xD9:  # the end
-            break
-        if marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD8:  # these have no length; 00 is a pixel's byte
-            position += 1 if marker == 0xFF else 2
-            continue
-        scans += marker == _SCAN[1]
-        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    return scans
-
-
-def decoding_bytes(image: Image.Image) -> int:
-    """Estimate the memory in bytes that decoding an opened image takes at its peak, before it is resized."""
-    # Pillow keeps most modes at 4 bytes a pixel. Measured over that at 62 megapixels: Pillow's WebP and AVIF hold frames of
-    # their own, wide greys are copied to be scaled, and a JPEG may be progressive and may be turned.
-    copies = {"WEBP": 4, "AVIF": 3, "JPEG": 2, "MPO": 2}.get(image.format or "", 1)
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        copies += 2
-    elif image.mode not in ("RGB", "L", "1"):
-        copies += 1  # converting and turning hold the original as well
-    return image.width * image.height * 4 * copies
 
 
 def to_picture(

@@ -17,7 +17,8 @@ import numpy as np
 
 from clipfleet.encoder import Encoder
 from clipfleet.errors import ImageError, SettingsError
-from clipfleet.images import SUFFIXES, ImageLimits, decode, read_file
+from clipfleet.image_files import SUFFIXES, ImageLimits, read_file
+from clipfleet.images import decode
 from clipfleet.samples import jpegs, texts
 from clipfleet.threads import of_decoder, of_planned_encoder
 

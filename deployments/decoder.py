@@ -18,7 +18,8 @@ from clipfleet import threads
 from clipfleet.checkpoint import find_checkpoint
 from clipfleet.decode_process import DecodeProcess
 from clipfleet.errors import ClipfleetError, DeadlineExceeded, ImageCrashedDecoder, ImageError
-from clipfleet.images import ImageLimits, decoding_bytes, open_image, to_picture
+from clipfleet.image_files import ImageLimits, decoding_bytes, open_image
+from clipfleet.images import to_picture
 from clipfleet.settings import ServiceSettings
 from deployments import logs, memory, tracing
 from deployments.metrics import decode_seconds

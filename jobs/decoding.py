@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from clipfleet.checkpoint import PixelSpec
 from clipfleet.decode_process import DecodeProcess, Reply, Section, Uri
 from clipfleet.errors import ClipfleetError, ImageEmpty, ImageNotFound, JobError
-from clipfleet.images import ImageLimits
+from clipfleet.image_files import ImageLimits
 from jobs.places import UNKNOWN, FileState, is_uri, look
 from jobs.tasks import read_task
 

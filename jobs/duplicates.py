@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
 from clipfleet.errors import ClipfleetError, FingerprintMismatch, JobError, SettingsError
-from clipfleet.images import open_image, read_file
+from clipfleet.image_files import open_image, read_file
 from jobs.parts import PREFIX, format_of, parts, reading
 
 _BLOCK = 1024  # rows; a table of pairs is 4 MB

@@ -19,7 +19,7 @@ from typing import Any, cast
 from clipfleet.checkpoint import EMBEDDED, Checkpoint, find_checkpoint
 from clipfleet.errors import ClipfleetError, JobError, SettingsError, Unavailable
 from clipfleet.fingerprint import fingerprint
-from clipfleet.images import ImageLimits
+from clipfleet.image_files import ImageLimits
 from jobs import manifests, output, parts
 from jobs.decoding import DecodePlan, decode_tasks
 from jobs.destination import GO_ON, Claim, claim

@@ -23,7 +23,7 @@ from urllib.parse import quote, unquote, urlsplit
 from pyarrow import fs
 
 from clipfleet.errors import JobError, SettingsError
-from clipfleet.images import SUFFIXES
+from clipfleet.image_files import SUFFIXES
 from jobs.items import Item, Source
 from jobs.places import UNKNOWN, FileState, is_uri, open_filesystem, printable, split_query, state_of, without_secrets
 from jobs.tars import shard_items

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from clipfleet.errors import ImageNotFound, ImageUnreadable
-from clipfleet.images import SUFFIXES
+from clipfleet.image_files import SUFFIXES
 from jobs.items import Item
 from jobs.places import UNKNOWN, FileState, is_uri, known_filesystem, look, printable, split_query
 

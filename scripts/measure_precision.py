@@ -17,7 +17,8 @@ from draw_shapes import draw
 from clipfleet.encoder import Encoder
 from clipfleet.engines import PRECISIONS
 from clipfleet.errors import SettingsError
-from clipfleet.images import DEFAULT_LIMITS, ImageLimits, decode
+from clipfleet.image_files import DEFAULT_LIMITS, ImageLimits
+from clipfleet.images import decode
 
 
 def main() -> None:

@@ -23,7 +23,8 @@ from clipfleet.errors import (
     ImageTooManyPixels,
     ImageUnreadable,
 )
-from clipfleet.images import decode, sniff
+from clipfleet.image_files import sniff
+from clipfleet.images import decode
 from tests.pictures import encode, picture
 from tests.reference import CLIP, spec_of
 

@@ -17,7 +17,8 @@ from clipfleet.errors import (
     ImageTooManyBytes,
     ImageTooManyPixels,
 )
-from clipfleet.images import ImageLimits, decode, decoding_bytes, open_image, read_file
+from clipfleet.image_files import ImageLimits, decoding_bytes, open_image, read_file
+from clipfleet.images import decode
 from tests.pictures import encode, picture
 from tests.reference import CLIP, spec_of
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageOps
 
-from clipfleet.images import DEFAULT_LIMITS, decode
+from clipfleet.image_files import DEFAULT_LIMITS
+from clipfleet.images import decode
 from tests.pictures import encode, picture
 from tests.reference import CLIP, reference_pixels, spec_of
 

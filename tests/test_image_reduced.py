@@ -14,7 +14,8 @@ from skimage import data
 
 from clipfleet import CLIPEmbedder
 from clipfleet.checkpoint import find_checkpoint
-from clipfleet.images import DEFAULT_LIMITS, decode
+from clipfleet.image_files import DEFAULT_LIMITS
+from clipfleet.images import decode
 from tests.pictures import encode
 
 SPEC = find_checkpoint("tiny").pixels

@@ -26,7 +26,7 @@ HOMES = {
     "nncf": {"openvino_engine"},
     "transformers": {"encoder"},
     "safetensors": {"encoder", "towers"},
-    "PIL": {"images", "pixel_memory", "resample", "resize", "embedder", "samples", "wire"},
+    "PIL": {"image_files", "images", "pixel_memory", "resample", "resize", "embedder", "samples", "wire"},
     "huggingface_hub": {"checkpoint", "catalogue"},
     "yaml": {"config_file"},
     "pydantic": {"config_file", "settings"},

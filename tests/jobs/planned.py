@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from clipfleet.checkpoint import find_checkpoint
 from clipfleet.fingerprint import fingerprint
-from clipfleet.images import DEFAULT_LIMITS
+from clipfleet.image_files import DEFAULT_LIMITS
 from jobs import decoding
 from jobs.decoding import DecodePlan, decode_tasks, unpack
 from jobs.destination import Claim, claim
