@@ -254,14 +254,14 @@ static int across_then_down(const uint8_t *source, size_t stride, int tall, int 
         from = y->first[i];
         if (!kept) to = from;
         int more = y->first[last] + taps_inside(y, last, tall) - to;
-        if (more > 0) { /* whole groups, of which some may have been made for the outputs before */
+        if (more > 0) { /* rounded up to whole groups: the next outputs find some of theirs made */
             more = (more + ROWS - 1) / ROWS * ROWS;
             if (more > tall - to) more = tall - to;
             done = across(source + to * stride, stride, wide, more, tall - to - more, x, columns, plain,
                           between + kept * row);
             to += more;
         }
-        down(between, row, tall, row, y, i, count, plain, result + (size_t)i * row);
+        if (done) down(between, row, tall, row, y, i, count, plain, result + (size_t)i * row);
     }
     free(between);
     return done;

@@ -166,10 +166,11 @@ def _later(points: Points, of_all: Mapping[str, Points]) -> Points:
 
 
 def _least_of_minutes(points: Points) -> dict[int, float]:
-    least: dict[int, float] = {}
+    """The least value of each minute of which there are samples enough: of a few seconds the least is no low one."""
+    minutes: dict[int, list[float]] = defaultdict(list)
     for at, value in points:
-        least[int(at // 60)] = min(value, least.get(int(at // 60), value))
-    return least
+        minutes[int(at // 60)].append(value)
+    return {minute: min(values) for minute, values in minutes.items() if len(values) * EVERY_S > 30}
 
 
 def _replaced(samples: Samples) -> Row:
