@@ -51,8 +51,8 @@ class LimitSettings(Settings):
     image_formats: tuple[str, ...] = IMAGE_FORMATS
     """Formats that are accepted, some of the default ones. An animation gives its first frame."""
     deadline_s: Annotated[float, Field(gt=0)] = 30.0
-    """Seconds from a request's arrival to its answer. Above 30 raise `graceful_shutdown_timeout_s` (35) of every
-    deployment too."""
+    """Seconds from a request's arrival to its answer. A replica that is to go has 5 more to answer what it holds, unless the
+    deployment's `graceful_shutdown_timeout_s` says otherwise."""
     forward_s: Annotated[float, Field(gt=0)] = 60.0
     """Seconds of one forward pass. One that takes longer hangs, so its encoder's process is ended and replaced."""
     inflight_items: Count = 4096

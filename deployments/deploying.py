@@ -16,7 +16,7 @@ from typing import Any
 
 from clipfleet.config_file import APPLICATION
 from clipfleet.errors import SettingsError, SetupError
-from clipfleet.settings import meant
+from clipfleet.settings import LimitSettings, meant, parse
 from deployments.private_ray import LOOPBACK, is_lost, leave_at_once
 
 NAMES = (APPLICATION, f"{APPLICATION}_next")  # those of a command: two take turns when one replaces the other
@@ -24,8 +24,9 @@ START_S = 1800  # a large checkpoint may have to be converted first
 UNPLACED_S = 60  # a replica that no node has room for is waited for this long
 _LOOP_S = 5.0  # for calls that still run to notice that they have been given up
 PROXIES_S = 60  # for Serve's proxies to start
-DRAIN_S = 40  # at a stop, requests in flight have this long to finish: their deadline, and some
-STOP_S = 20  # and all the rest of a stop
+DRAIN_S = 10  # at a stop, requests in flight have their deadline and this to finish
+STOP_S = 20  # and all the rest of a stop has this
+_deadlines = {0.0}  # s, of all that was deployed
 
 
 def schema_of(config: dict[str, Any]) -> Any:
@@ -105,6 +106,10 @@ def start_serve(options: dict[str, Any], host: str, port: int, schema: Any) -> t
 
 def deploy(client: Any, schema: Any) -> None:
     """Ask Serve for the applications of `schema`."""
+    for application in schema.applications:
+        if application.name in NAMES:
+            with suppress(SettingsError):  # of which build speaks
+                _deadlines.add(parse(LimitSettings, application.args.get("limits"), "limits").deadline_s)
     client.deploy_apps(_with_others(client, schema))
 
 
@@ -222,7 +227,7 @@ def finish_requests(name: str) -> None:
 
     Only then may the application go: Serve would take decoders and encoders away from requests that still need them.
     """
-    ask_ingresses(name, "drain", DRAIN_S)
+    ask_ingresses(name, "drain", max(_deadlines) + DRAIN_S)
 
 
 def stop(names: Sequence[str], *, stays: bool = False) -> None:
@@ -233,8 +238,10 @@ def stop(names: Sequence[str], *, stays: bool = False) -> None:
 
     # Nothing that Ray may wait for must keep the command alive. Of a Ray of its own the guardian then ends what is left.
     left = "the application may still be on it" if stays else "it was killed"
-    seconds = DRAIN_S * max(1, len(names)) + STOP_S
-    last_resort = threading.Timer(seconds, leave_at_once, [SetupError(f"Ray did not stop within {seconds} s; {left}")])
+    seconds = (max(_deadlines) + DRAIN_S) * max(1, len(names)) + STOP_S
+    last_resort = threading.Timer(
+        seconds, leave_at_once, [SetupError(f"Ray did not stop within {seconds:.0f} s; {left}")]
+    )
     last_resort.daemon = True
     last_resort.start()
     with suppress(Exception, KeyboardInterrupt):  # a second Ctrl-C ends the patience, not the cleaning up

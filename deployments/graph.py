@@ -28,10 +28,11 @@ def build(args: dict[str, Any]) -> Application:
     """Build the application from a config file's `args`. Raises SettingsError."""
     settings = service_settings(args)
     resources = _encoder_resources(settings)
+    lifecycle = _lifecycle(settings)
 
     def encoders(name: str, tower: str) -> Application:
         options = _deployment(EncoderReplica)(
-            name=name, max_ongoing_requests=DEFAULT_MAX_ONGOING[name], ray_actor_options=resources, **_HEALTH
+            name=name, max_ongoing_requests=DEFAULT_MAX_ONGOING[name], ray_actor_options=resources, **lifecycle
         )
         return options.bind(tower, settings)
 
@@ -39,14 +40,14 @@ def build(args: dict[str, Any]) -> Application:
         name="ImageDecoder",
         max_ongoing_requests=DEFAULT_MAX_ONGOING["ImageDecoder"],
         ray_actor_options={"num_cpus": 1},
-        **_HEALTH,
+        **lifecycle,
     )
     # The ingress admits by items and bytes itself; Serve must not refuse before it, in plain text.
     ingress = _deployment(Ingress)(
         name="Ingress",
         max_ongoing_requests=DEFAULT_MAX_ONGOING["Ingress"],
         ray_actor_options={"num_cpus": 0.5},
-        **_HEALTH,
+        **lifecycle,
     )
     return ingress.bind(
         settings,
@@ -61,12 +62,13 @@ def _deployment(kind: type) -> Any:
     return deployment.options
 
 
-_HEALTH: dict[str, Any] = {
-    "health_check_period_s": 2,  # a dead replica is noticed that soon; Serve's default is 10
-    "health_check_timeout_s": 10,  # one that stands still is replaced after three of these; Serve's default is 30
-    "graceful_shutdown_timeout_s": 35,  # the deadline of a request, and some: a rolling upgrade loses none
-    "graceful_shutdown_wait_loop_s": 0.5,
-}
+def _lifecycle(settings: ServiceSettings) -> dict[str, Any]:
+    return {
+        "health_check_period_s": 2,  # a dead replica is noticed that soon; Serve's default is 10
+        "health_check_timeout_s": 10,  # one that stands still is replaced after three of these; Serve's default is 30
+        "graceful_shutdown_timeout_s": settings.limits.deadline_s + 5,  # what is in flight ends before: none is lost
+        "graceful_shutdown_wait_loop_s": 0.5,
+    }
 
 
 def _encoder_resources(settings: ServiceSettings) -> dict[str, Any]:

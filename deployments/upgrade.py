@@ -22,7 +22,7 @@ from deployments.deploying import NAMES, ask_ingresses, deploy, finish_requests,
 NEXT, PREVIOUS = "/-clipfleet-next", "/-clipfleet-previous"  # prefixes of the one that waits, and of the one that goes
 READY_S = 60.0  # from running replicas to a first success of each
 QUIET_S = 3.0  # without a request the old application has none to come: HAProxy follows a change in under 1 s
-PATIENCE_S = 90.0  # for the old application's last requests, uploads of a minute among them
+PATIENCE_S = 90.0  # until it has no new requests: uploads of a minute are among them
 
 # What Serve changes in running replicas. All else replaces them, deployment by deployment.
 _LIGHT = ("num_replicas", "autoscaling_config", "user_config", "max_ongoing_requests")
