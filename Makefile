@@ -24,7 +24,7 @@ help:
 	@echo 'make chaos   set up, then kill, hang, upgrade and overload what is served, and kill the job (40 minutes)'
 	@echo 'make plot    draw what make chaos measured of overload: docs/overload.svg'
 	@echo 'make fuzz    set up, then send damaged files and odd requests (ARGS="--seed 7")'
-	@echo 'make soak    set up, then 45 minutes of mixed load: nothing may grow'
+	@echo 'make soak    set up, then half an hour of mixed load: nothing may grow'
 	@echo 'make dist    set up, then build what a release uploads and try each extra of it in a fresh environment (9 minutes)'
 	@echo 'make site    set up, then make the pages of docs/ a site in build/site'
 	@echo 'make clean   remove .venv and all that builds, tests and the demo wrote'
@@ -69,7 +69,7 @@ fuzz: setup
 	@$(BIN)/python -m faults schema $(ARGS)
 
 soak: setup
-	@$(BIN)/python -m faults soak --seconds 2700 $(ARGS)
+	@$(BIN)/python -m faults soak --seconds 1800 $(ARGS)
 
 dist: setup
 	@TORCH_PIP_ARGS='$(TORCH_PIP_ARGS)' $(BIN)/python scripts/dist.py $(ARGS)

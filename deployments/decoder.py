@@ -85,7 +85,7 @@ class DecoderReplica:
         self._apart = ThreadPoolExecutor(2, "decode-apart", threads.give_way)  # each with a process
         self._seconds = decode_seconds()
         memory.collect_rarely()
-        memory.return_large_blocks()
+        memory.return_freed()
 
     async def decode(self, images: Sequence[bytes], deadline: float) -> list[Pixels]:
         """Decode each image to the checkpoint's pixels: one array or error an image, in order.
@@ -115,7 +115,9 @@ class DecoderReplica:
             with open_image(data, self._limits) as image, self._budget.hold(decoding_bytes(image)):
                 return to_picture(image, self._spec, self._limits).pixels
         except ImageError as error:
-            return error
+            # Without where it comes from: those frames hold the image until Python's collector comes.
+            error.__cause__ = error.__context__ = None
+            return error.with_traceback(None)
         finally:
             ended = time.monotonic()
             tracing.record("decode an image", trace, began, ended, bytes=len(data))

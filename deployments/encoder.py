@@ -57,7 +57,7 @@ class EncoderReplica:
         batch = own_batching()  # before weights are loaded: a refusal should be quick
         logs.set_up(settings.log_format)
         tracing.set_up()
-        memory.return_large_blocks()
+        memory.return_freed()
         own_threads = threads.of_encoder(settings.cpus_per_replica, settings.threads_per_replica)
         self._tower = tower
         self._settings = settings

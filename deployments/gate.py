@@ -26,7 +26,7 @@ from clipfleet.errors import (
     Unavailable,
 )
 from clipfleet.keys import KeyRing
-from deployments import tracing, web
+from deployments import memory, tracing, web
 from deployments.bodies import invalid
 from deployments.haproxy_wrapper import HEALTH_PATHS
 from deployments.metrics import RequestMetrics
@@ -110,6 +110,9 @@ class Gate:
         self._inflight += counts
         try:
             await self._app(scope, receive, send)
+        except asyncio.CancelledError:  # the client has left
+            memory.collect_soon()
+            raise
         finally:
             self._inflight -= counts
             self._last = time.monotonic() if counts else self._last

@@ -8,7 +8,7 @@ from starlette.types import ASGIApp
 
 from clipfleet.keys import KeyRing
 from clipfleet.settings import ServiceSettings
-from deployments import logs, memory, one_piece, prefixes, tracing
+from deployments import grpc_calls, logs, memory, one_piece, prefixes, tracing
 from deployments.gate import REQUEST_ID_HEADER, Gate, with_cors
 from deployments.own_config import check_own_replicas, check_own_scaling
 from deployments.requests import Requests
@@ -32,7 +32,8 @@ class Ingress:
         check_own_replicas(settings)
         logs.set_up(settings.log_format)
         tracing.set_up()
-        memory.return_large_blocks()
+        memory.return_freed()
+        grpc_calls.free_cancelled_calls()
         prefixes.accept_any()
         one_piece.hold_heads()
         self._settings = settings

@@ -1,4 +1,4 @@
-"""Mixed load for 45 minutes: texts, single images, lists, broken ones and clients that leave. Nothing may grow.
+"""Mixed load for half an hour: texts, single images, lists, broken ones and clients that leave. Nothing may grow.
 
 Memory also grows whenever more is in flight at once than ever before, which clients that draw their requests go on doing for
 long, ever more rarely: hence the long warm-up.

@@ -181,7 +181,7 @@ from clipfleet.images import to_picture
 from deployments import memory
 
 ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: huge pages would be few
-memory.return_large_blocks()
+memory.return_freed()
 spec, file = find_checkpoint("tiny").pixels, io.BytesIO()
 Image.new("RGB", (3000, 2000)).save(file, "JPEG")  # 23 MB of pixels
 for keep in (True, False):

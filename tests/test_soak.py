@@ -7,7 +7,7 @@ import pytest
 
 from faults import soak
 
-MINUTES = 45
+MINUTES = 30
 
 
 def samples(mb_an_hour: float, noise: float = 4.0) -> soak.Samples:
