@@ -50,9 +50,10 @@ class LimitSettings(Settings):
     """Pixels of one image, and of what resizing makes of it on its way."""
     image_formats: tuple[str, ...] = IMAGE_FORMATS
     """Formats that are accepted, some of the default ones. An animation gives its first frame."""
-    deadline_s: Annotated[float, Field(gt=0)] = 30.0
+    deadline_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
     """Seconds from a request's arrival to its answer. A replica that is to go has 5 more to answer what it holds, unless the
-    deployment's `graceful_shutdown_timeout_s` says otherwise."""
+    deployment's `graceful_shutdown_timeout_s` says otherwise. A service manager's patience at a stop must be longer, too.
+    HAProxy waits 300 for an answer, 120 from an upgrade on."""
     forward_s: Annotated[float, Field(gt=0)] = 60.0
     """Seconds of one forward pass. One that takes longer hangs, so its encoder's process is ended and replaced."""
     inflight_items: Count = 4096

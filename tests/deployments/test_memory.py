@@ -92,6 +92,7 @@ class Body:
 
 def test_what_a_client_that_left_had_sent_is_soon_let_go(monkeypatch: pytest.MonkeyPatch, no_collector: None) -> None:
     monkeypatch.setattr(memory, "_SOON_S", 0.05)
+    monkeypatch.setattr(memory, "_soon", None)
     held: list[weakref.ref[Body]] = []
 
     async def work(scope: Scope, receive: Receive, send: Send) -> None:
