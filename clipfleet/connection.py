@@ -62,9 +62,11 @@ class Connection:
     async def ask(
         self, method: str, path: str, *, headers: dict[str, str] | None = None, **body: Any
     ) -> httpx.Response:
-        """An answer of 200. When no time is left for another try, raises what came of the last one."""
+        """An answer of 200. When no time is left for another try, raises what came of the last one; when the deadline passes
+        during a try, DeadlineExceeded, which says what came of the one before."""
         end = time.monotonic() + self._deadline_s
         pause = _PAUSE_S
+        problem: ClipfleetError | None = None
         while True:
             advised = 0.0
             try:
@@ -76,7 +78,8 @@ class Connection:
                     raise problem
                 advised = _advised(answer)
             except TimeoutError:
-                raise DeadlineExceeded(f"{self.url} gave no answer within {self._deadline_s:g} s") from None
+                before = f"; before that: {problem}" if problem else ""
+                raise DeadlineExceeded(f"{self.url} gave no answer within {self._deadline_s:g} s{before}") from None
             except httpx.RequestError as error:
                 problem = self._unanswered(error)
                 if not _may_heal(error):

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, suppress
 from tests.deployments.listener import in_thread
 
 CUT = b""  # hangs up in the middle of the request
+SILENT = b"silent"  # says nothing to the request
 
 
 def answer(status: int, code: str = "unavailable", retry_after: int | None = None) -> bytes:
@@ -44,9 +45,10 @@ class Way(socketserver.BaseRequestHandler):
             self._pass_on()
             return
         self.request.recv(2**16)
-        self.request.sendall(fault)
-        if fault != CUT:  # what is not read of a request makes the kernel reset the connection, and its answer is lost
+        if fault not in (CUT, SILENT):
+            self.request.sendall(fault)
             self.request.shutdown(socket.SHUT_WR)
+        if fault != CUT:  # what is not read of a request makes the kernel reset the connection, and its answer is lost
             while self.request.recv(2**16):
                 pass
 
