@@ -26,7 +26,7 @@ _LOOP_S = 5.0  # for calls that still run to notice that they have been given up
 PROXIES_S = 60  # for Serve's proxies to start
 DRAIN_S = 10  # at a stop, requests in flight have their deadline and this to finish
 STOP_S = 20  # and all the rest of a stop has this
-_deadlines = {0.0}  # s, of all that was deployed
+_deadlines = {0.0}  # s, of all that was deployed; the longest counts
 
 
 def schema_of(config: dict[str, Any]) -> Any:

@@ -75,7 +75,7 @@ def prepare_environment(host: str, port: int, block: int, folder: Path, certific
         # A message between replicas: Ray's 4 MiB would refuse one large image. Calls hold 16 MiB and one more image.
         "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(256 * 2**20),
         "RAY_worker_niceness": "0",  # Ray runs replicas at 15, behind whatever else wants the processor: 11.5 -> 14.5 images/s
-        "MALLOC_ARENA_MAX": "2",  # glibc's heaps, else 8 a core, with holes in each: a decoder keeps 33 instead of 53 MB free
+        "MALLOC_ARENA_MAX": "2",  # glibc's heaps: with 8 a core, its default, each has holes of its own, which grow
         "RAY_metrics_report_interval_ms": "2000",  # metrics reach the metrics port every 2 s, not every 10 s
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",  # after 5 s Serve kills a proxy that a busy machine has not started yet
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # HAProxy follows in under 1 s; 30 s would hold up every stop

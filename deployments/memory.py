@@ -54,8 +54,7 @@ def collect_rarely() -> None:
 def collect_soon() -> None:
     """Have Python collect a second from now. For what requests that were cancelled leave, in the event loop that runs.
 
-    Their tasks, frames and messages to other replicas hold each other, and the body several times: those of 700 clients that
-    left took 700 MB with photographs of 590 kB.
+    Their tasks, frames and messages to other replicas hold each other, and the body, which may be megabytes.
     """
     global _soon
     if _soon is None:

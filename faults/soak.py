@@ -67,10 +67,13 @@ def measure(seconds: float, seed: int, leak_bytes: int = 0) -> list[Row]:
         alive = served.ready()
     bad = {what: count for what, count in seen.items() if what.startswith(("5", "error"))}
     answered = ", ".join(f"{what} {count}" for what, count in seen.most_common())
-    rows = [
+    return [
         Row(f"mixed load for {seconds / 60:.0f} minutes", f"{CLIENTS} clients", 1, answered, alive and not bad),
+        _trend(samples),
+        _leak(samples, "descriptors"),
+        _leak(samples, "threads"),
+        _replaced(samples),
     ]
-    return [*rows, _trend(samples), _leak(samples, "descriptors"), _leak(samples, "threads"), _replaced(samples)]
 
 
 def _client(port: int, shown: Sequence[bytes], seed: int, seen: Counter[str], stop: threading.Event) -> None:

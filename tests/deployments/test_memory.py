@@ -130,13 +130,8 @@ def test_a_damaged_image_is_let_go_with_its_answer(monkeypatch: pytest.MonkeyPat
     opened, seen = decoder.open_image, []
     monkeypatch.setattr(decoder, "open_image", open_image)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    for name in (
-        "check_own_scaling",
-        "decode_seconds",
-        "logs",
-        "memory",
-        "tracing",
-    ):  # of a replica that Serve has started
+    of_serve = ("check_own_scaling", "decode_seconds", "logs", "memory", "tracing")  # for a replica that it has started
+    for name in of_serve:
         monkeypatch.setattr(decoder, name, MagicMock())
     replica = decoder.DecoderReplica(ServiceSettings(model="tiny"))
     whole = [encode(picture("RGB", 200, 150), kind) for kind in ("GIF", "PNG", "JPEG", "WEBP", "BMP", "TIFF")]
