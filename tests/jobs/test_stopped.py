@@ -42,13 +42,22 @@ def parts(dest: Path) -> dict[str, int]:
     return {part.name: part.stat().st_mtime_ns for part in dest.glob("part-*.parquet")}
 
 
+def grow(source: Path, dest: Path, left: int, more_of: Path) -> int:
+    """Link pictures into `source` until `left` are to be done, however much the last job had done; returns how many it has."""
+    pictures = sorted(more_of.iterdir())
+    count, done = len(list(source.iterdir())), len(read(dest)) if parts(dest) else 0
+    for number in range(count, done + left):
+        os.link(pictures[number % len(pictures)], source / f"{number:05d}.png")
+    return done + left
+
+
 @contextmanager
 def half_way(source: Path, dest: Path) -> Iterator[Command]:
     """A job that has written another file since it began, and has not finished."""
     before = parts(dest)
     with embedding(source, dest) as command:
         until(lambda: command.ended or len(parts(dest)) > len(before), SECONDS, "a file of a running job")
-        assert not command.ended and len(read(dest)) < COUNT, command.err
+        assert not command.ended and len(read(dest)) < len(list(source.iterdir())), command.err
         yield command
     assert parts(dest).items() >= before.items(), "what was finished is untouched"
 
@@ -67,8 +76,13 @@ def kill_all(folder: Path) -> list[Process]:
     return found
 
 
-def test_stopped_and_killed_in_every_way_and_finished(source: Path, tmp_path: Path) -> None:
+def test_stopped_and_killed_in_every_way_and_finished(
+    source: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """One job, gone on with by the same command each time."""
+    pictures, source = source, tmp_path_factory.mktemp("growing")
+    # All that is decoded before the first encoder is up counts as in flight, which the first signal lets finish.
+    count = grow(source, tmp_path, 2000, pictures)
     with half_way(source, tmp_path) as command:
         before = len(parts(tmp_path))
         command.send(signal.SIGINT)
@@ -76,19 +90,21 @@ def test_stopped_and_killed_in_every_way_and_finished(source: Path, tmp_path: Pa
         rows = len(read(tmp_path))
         assert said(command) == [
             "clipfleet: stopping: finishing what is in flight, 30 s at most; once more stops at once",
-            f"clipfleet: stopped: {rows} of {COUNT} images are done. {GOES_ON}",
+            f"clipfleet: stopped: {rows} of {count} images are done. {GOES_ON}",
         ]
-    assert len(parts(tmp_path)) > before and rows < COUNT
+    assert len(parts(tmp_path)) > before and rows < count
     assert list((tmp_path / ".clipfleet").glob("run-*")) == []
     sizes = [pq.ParquetFile(part).metadata.num_rows for part in tmp_path.glob("part-*")]
     assert any(size < max(sizes) for size in sizes), "a file that was half decoded is written with what it had"
 
+    grow(source, tmp_path, 1000, pictures)
     with half_way(source, tmp_path) as command:
         (raylet,) = [process for process in of_folder(command.folder) if "/raylet/raylet" in process.title]
         os.kill(raylet.pid, signal.SIGKILL)
         assert command.wait(SECONDS) == 1
         assert said(command) == [f"clipfleet: the job stopped: its Ray has died (raylet). {GOES_ON}"]
 
+    grow(source, tmp_path, 1000, pictures)
     with half_way(source, tmp_path) as command:
         until(lambda: not kill_all(command.folder), SECONDS, "an end of all its processes")
         command.wait(SECONDS)
@@ -96,6 +112,7 @@ def test_stopped_and_killed_in_every_way_and_finished(source: Path, tmp_path: Pa
             shutil.rmtree(left, ignore_errors=True)
     assert not (tmp_path / "_clipfleet.json").exists()
 
+    count = grow(source, tmp_path, 1000, pictures)
     with half_way(source, tmp_path) as command:
         command.send(signal.SIGKILL)
         before = parts(tmp_path)
@@ -107,7 +124,7 @@ def test_stopped_and_killed_in_every_way_and_finished(source: Path, tmp_path: Pa
     assert sorted(read(tmp_path).column("id").to_pylist()) == sorted(file.name for file in source.iterdir())
     assert errors(read(tmp_path)) == {}
     assert parts(tmp_path).items() >= before.items() and before
-    assert summary(tmp_path)["rows"] == COUNT and 0 < rows < summary(tmp_path)["skipped"] < COUNT
+    assert summary(tmp_path)["rows"] == count and 0 < rows < summary(tmp_path)["skipped"] < count
 
 
 def _kill_workers(command: Command) -> set[str]:
