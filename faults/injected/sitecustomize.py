@@ -2,7 +2,8 @@
 
 A JPEG with the comment below ends the process that decodes it. A file `hang` in the folder FAULTS makes the next forward
 pass of an image encoder hang, a file `raise` makes it run out of memory; whoever does so takes the file away. To a file
-`encoded` each forward pass of images adds a line with their number. Each JPEG leaks LEAK_BYTES.
+`encoded` each forward pass of images adds a line with their number. Each JPEG leaks LEAK_BYTES. A forward pass takes
+FORWARD_S more for each of its images.
 """
 
 import importlib.abc
@@ -21,6 +22,7 @@ from PIL import JpegImagePlugin
 
 COMMENT = b"clipfleet: end this process"
 LEAK_BYTES = int(os.environ.get("LEAK_BYTES", 0))
+FORWARD_S = float(os.environ.get("FORWARD_S", 0))
 _leaked: list[bytearray] = []
 _load = JpegImagePlugin.JpegImageFile.load
 
@@ -62,6 +64,7 @@ def _break(module: ModuleType) -> None:
             time.sleep(3600)
         if _asked_to("raise"):
             raise RuntimeError("out of memory, on purpose")
+        time.sleep(FORWARD_S * len(arguments[0]))
         return encode(self, *arguments)
 
     module.Encoder.encode_pixels = encode_pixels

@@ -18,7 +18,7 @@ from deployments.tracing import EXPORTERS
 from jobs.encoding import thumbnail
 from tests.deployments.collector import Collector, collecting
 from tests.deployments.listener import Listener, listening
-from tests.deployments.service import ROOT, Service, serving
+from tests.deployments.service import ROOT, Service, free_ports, serving
 from tests.library import Library
 
 
@@ -44,8 +44,8 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="package")
 def image_store() -> Iterator[Listener]:
-    """The one web server that other_service may fetch images from."""
-    with listening("127.0.0.9") as server:
+    """The one web server that other_service may fetch images from. Nobody takes its port on another address meanwhile."""
+    with listening("127.0.0.9", *free_ports(1)) as server:
         yield server
 
 

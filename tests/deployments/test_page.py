@@ -7,6 +7,7 @@ import re
 import httpx
 import pytest
 
+from tests.deployments.processes import until
 from tests.deployments.service import ROOT, Service
 
 PAGE = ROOT / "deployments" / "page"
@@ -56,6 +57,8 @@ def test_no_other_file(service: Service, path: str) -> None:
 
 def test_the_live_view(service: Service, http: httpx.Client, files: list[bytes]) -> None:
     uploads = [("files", (f"{number}.png", data)) for number, data in enumerate(files)]
+    replicas = {"Ingress": 1, "ImageDecoder": 1, "ImageEncoder": 1, "TextEncoder": 1}
+    until(lambda: http.get("/v1/stats").json()["replicas"] == replicas, 30, "the controller's answer")
     for number in range(2):
         http.post("/v1/embeddings/images", files=uploads)
         http.post("/v1/embeddings", json={"input": f"a text that is not remembered {number}"})
@@ -65,4 +68,4 @@ def test_the_live_view(service: Service, http: httpx.Client, files: list[bytes])
     assert now["items_per_second"]["image"] >= 2.4 and now["items_per_second"]["text"] > 0
     assert 1 <= now["batch"]["image"] <= 32 and now["batch"]["text"] >= 1
     assert now["in_flight"] == {"image": 0, "text": 0}
-    assert now["replicas"] == {"Ingress": 1, "ImageDecoder": 1, "ImageEncoder": 1, "TextEncoder": 1}
+    assert now["replicas"] == replicas

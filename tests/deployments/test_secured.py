@@ -253,13 +253,17 @@ def test_no_key_is_written_anywhere(keyed: Service, keys: dict[str, str]) -> Non
 def test_a_group_signal_stops_it_in_order(keyed: Service, keys: dict[str, str]) -> None:
     """`kill %1` in a shell reaches the whole process group; Ctrl-C in a terminal does too. The last of this module."""
 
-    def embed(number: int) -> int:
+    bodies, connected = [_slow(number) for number in range(PER_KEY)], threading.Barrier(PER_KEY)
+
+    def embed(body: bytes) -> int:
         with _client(keyed, keys["shop"]) as http:
-            return http.post("/v1/embeddings/images", files=[("files", ("a", _slow(number)))]).status_code
+            assert http.get("/healthz").status_code == 200
+            connected.wait(60)
+            return http.post("/v1/embeddings/images", files=[("files", ("a", body))]).status_code
 
     known = keyed.command.below()
     with ThreadPoolExecutor(PER_KEY) as clients:
-        answers = [clients.submit(embed, number) for number in range(PER_KEY)]
+        answers = [clients.submit(embed, body) for body in bodies]
         until(lambda: any(answer.done() for answer in answers), 60, "a first answer")
         os.killpg(keyed.command.pid, signal.SIGINT)
         assert [answer.result() for answer in answers] == PER_KEY * [200], "what was in flight is finished"

@@ -53,6 +53,7 @@ def test_a_request_of_a_trace_is_followed_through_all_its_replicas(
     trace = ask(other_service, files[0], sampled=True)
     until(lambda: IN_REPLICAS | WITHIN.keys() <= {span.name for span in collector.of(trace)}, 30, "its spans")
     until(lambda: len([span for span in collector.of(trace) if span.name == "forward pass"]) == 2, 30, "both passes")
+    until(lambda: len([span for span in collector.of(trace) if span.name == REQUEST]) == 2, 30, "both requests")
     spans = collector.of(trace)
     assert {span.service for span in spans} == {"clipfleet"}
     for name, replica in WITHIN.items():
