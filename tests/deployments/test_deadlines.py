@@ -1,4 +1,4 @@
-"""Replicas that go, and stops, wait as long as a request may take."""
+"""Replicas that go, and stops, wait as long as a request may take; the router in front of them does not."""
 
 from __future__ import annotations
 
@@ -27,6 +27,16 @@ def test_a_replica_that_is_to_go_has_the_deadline_and_some(
     assert {one.name: one._deployment_config.graceful_shutdown_timeout_s for one in found} == dict.fromkeys(  # type: ignore[attr-defined]
         ("Ingress", "ImageDecoder", "ImageEncoder", "TextEncoder"), seconds
     )
+
+
+def test_the_router_never_pauses_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With Serve's half second a backlog goes on at four requests a second: `python -m faults overload` shows it."""
+    monkeypatch.setattr(graph, "_encoder_resources", lambda settings: {"num_cpus": 1})
+    found = list(deployments(graph.build({"model": "tiny"})))
+    assert len(found) == 4
+    for one in found:
+        router = one._deployment_config.request_router_config  # type: ignore[attr-defined]
+        assert router.initial_backoff_s <= router.max_backoff_s == 0.025
 
 
 class Client:
