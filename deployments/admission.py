@@ -11,6 +11,7 @@ from clipfleet.errors import Overloaded
 from clipfleet.settings import LimitSettings
 
 _WINDOW_S = 10.0
+_ENOUGH = 16  # items finished: of fewer, such as one beside a list that goes on, no rate is taken
 _BUCKET_S = 0.25  # what is finished is counted by so long
 _STALLED_S = 5.0  # without any change of what is in flight: longer than a batch takes
 _SATURATED = 64  # items: with as many in flight all the time, batches are full and the rate is all that there is
@@ -45,10 +46,13 @@ class Lane:
         began, count = self._finished[-1]
         self._finished[-1] = began, count + finished
         self._changed = now
-        while self._finished[0][0] < now - _WINDOW_S and len(self._finished) > 1:
+        while self._finished[0][0] < now - _WINDOW_S and self._count() - self._finished[0][1] >= _ENOUGH:
             self._finished.popleft()
         if self.items < _SATURATED:
             self._finished = self._before = None
+
+    def _count(self) -> int:
+        return sum(count for _, count in self._finished or ())
 
     def seconds_for(self, items: int) -> float | None:
         """How long `items` more take, after those in flight, at the present rate; None where that is not known."""
@@ -64,7 +68,7 @@ class Lane:
         finished, seconds = 0, 0.0
         known = now - self._finished[0][0]
         for began, count in reversed(self._finished):
-            if finished and now - began >= max(1.0, known / 2):
+            if finished >= _ENOUGH and now - began >= max(1.0, known / 2):
                 seconds = max(seconds, (now - began) / finished)
             finished += count
         return seconds or self._before
@@ -173,13 +177,13 @@ class Admission:
         if lane.items and lane.items + count > self._limits.inflight_items:
             raise Overloaded(
                 f"{lane.items:,} {what} are in flight; the limit is {self._limits.inflight_items:,}",
-                retry_after=lane.seconds_for(0) or 1,
+                retry_after=min(lane.seconds_for(0) or 1, seconds),
             )
         if needed is not None and needed > _QUEUED * seconds:
             raise Overloaded(
                 f"{lane.items:,} {what} are in flight; with these {count:,} they take {needed:.0f} s at the present rate, "
                 f"and the request has {seconds:.0f} s left, of which {_QUEUED:.0%} may be planned",
-                retry_after=needed - _QUEUED * seconds,
+                retry_after=min(needed - _QUEUED * seconds, seconds),
             )
 
 
