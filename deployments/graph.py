@@ -15,7 +15,6 @@ import ray
 from loguru import logger
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import RequestRouterConfig
 
 from clipfleet.config_file import DEFAULT_MAX_ONGOING
 from clipfleet.engines import settle_device
@@ -73,7 +72,7 @@ def _lifecycle(settings: ServiceSettings) -> dict[str, Any]:
         "health_check_timeout_s": 10,  # one that stands still is replaced after three of these; Serve's default is 30
         "graceful_shutdown_timeout_s": settings.limits.deadline_s + 5,  # what is in flight ends before: none is lost
         "graceful_shutdown_wait_loop_s": 0.5,
-        "request_router_config": RequestRouterConfig(max_backoff_s=_ROUTER_PAUSE_S),
+        "request_router_config": {"max_backoff_s": _ROUTER_PAUSE_S},
     }
 
 
