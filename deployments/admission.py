@@ -10,12 +10,9 @@ from contextlib import contextmanager
 from clipfleet.errors import Overloaded
 from clipfleet.settings import LimitSettings
 
-_WINDOW_S = 10.0
-_ENOUGH = 16  # items finished: of fewer, such as one beside a list that goes on, no rate is taken
-_BUCKET_S = 0.25  # what is finished is counted by so long
-_STALLED_S = 5.0  # without any change of what is in flight: longer than a batch takes
+_WINDOW_S = 5.0
+_STALLED_S = 2.0  # without any change of what is in flight
 _SATURATED = 64  # items: with as many in flight all the time, batches are full and the rate is all that there is
-_QUEUED = 0.8  # of a request's time may pass before its turn, since the rate may fall meanwhile
 
 
 class Lane:
@@ -26,52 +23,35 @@ class Lane:
 
     def __init__(self) -> None:
         self.items = 0
-        self._finished: deque[tuple[float, int]] | None = None  # buckets since the backlog began; None without one
-        self._changed = 0.0
-        self._before: float | None = None  # seconds an item, before the last stall of this backlog
+        self._finished: deque[tuple[float, int]] | None = None  # since the backlog began; None without one
 
     def change(self, items: int, finished: int = 0) -> None:
         """Take on `items`, or, if below 0, let them go, of which `finished` were done."""
-        before, self.items = self.items, self.items + items
+        self.items += items
         now = time.monotonic()
-        if max(before, self.items) < _SATURATED:
-            self._finished = self._before = None
+        if self.items - items < _SATURATED and self.items < _SATURATED:
+            self._finished = None
             return
-        if self._finished is None or now - self._changed > _STALLED_S:
-            # A stall, such as a replica's death, says nothing of the rate before or after it.
-            self._before = self._seconds_an_item(self._changed)
+        if self._finished is None:
             self._finished = deque([(now, 0)])
-        elif now - self._finished[-1][0] >= _BUCKET_S:
-            self._finished.append((now, 0))
-        began, count = self._finished[-1]
-        self._finished[-1] = began, count + finished
-        self._changed = now
-        while self._finished[0][0] < now - _WINDOW_S and self._count() - self._finished[0][1] >= _ENOUGH:
+        if (
+            now - self._finished[-1][0] > _STALLED_S
+        ):  # a replica was gone: what came before says nothing of the rate now
+            self._finished = deque([(now, 0)])
+        self._finished.append((now, finished))
+        while self._finished[1][0] < now - _WINDOW_S:
             self._finished.popleft()
         if self.items < _SATURATED:
-            self._finished = self._before = None
-
-    def _count(self) -> int:
-        return sum(count for _, count in self._finished or ())
+            self._finished = None
 
     def seconds_for(self, items: int) -> float | None:
         """How long `items` more take, after those in flight, at the present rate; None where that is not known."""
-        seconds = self._seconds_an_item(time.monotonic())
-        return None if seconds is None else (self.items + items) * seconds
-
-    def _seconds_an_item(self, now: float) -> float | None:
-        """The inverse of the rate. Answers come by batches, so the rate since just before one is too high: of the rates since
-        different times, which reach back at least half of what is known, the lowest counts.
-        """
         if self._finished is None:
             return None
-        finished, seconds = 0, 0.0
-        known = now - self._finished[0][0]
-        for began, count in reversed(self._finished):
-            if finished >= _ENOUGH and now - began >= max(1.0, known / 2):
-                seconds = max(seconds, (now - began) / finished)
-            finished += count
-        return seconds or self._before
+        since = self._finished[0][0]
+        finished = sum(count for at, count in self._finished if at > since)
+        span = time.monotonic() - since
+        return (self.items + items) * span / finished if span > 1 and finished else None
 
 
 class Admission:
@@ -177,13 +157,13 @@ class Admission:
         if lane.items and lane.items + count > self._limits.inflight_items:
             raise Overloaded(
                 f"{lane.items:,} {what} are in flight; the limit is {self._limits.inflight_items:,}",
-                retry_after=min(lane.seconds_for(0) or 1, seconds),
+                retry_after=lane.seconds_for(0) or 1,
             )
-        if needed is not None and needed > _QUEUED * seconds:
+        if needed is not None and needed > seconds:
             raise Overloaded(
                 f"{lane.items:,} {what} are in flight; with these {count:,} they take {needed:.0f} s at the present rate, "
-                f"and the request has {seconds:.0f} s left, of which {_QUEUED:.0%} may be planned",
-                retry_after=min(needed - _QUEUED * seconds, seconds),
+                f"and the request has {seconds:.0f} s left",
+                retry_after=needed - seconds,
             )
 
 

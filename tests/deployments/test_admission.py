@@ -92,60 +92,9 @@ def test_what_cannot_be_done_in_time_is_refused(monkeypatch: pytest.MonkeyPatch)
                 clock.now += 0.25
         with pytest.raises(Overloaded, match=r"80 images are in flight; with these 64 they take 3\d s") as refused:
             held.hold_items(64, 0, 30).__enter__()
-        assert 10 <= refused.value.data["retry_after"] <= 14
-        with held.hold_items(15, 0, 30), held.hold_items(0, 2048, 0.5):  # in time; texts do not wait for images
+        assert 1 <= refused.value.data["retry_after"] <= 10
+        with held.hold_items(20, 0, 30), held.hold_items(0, 2048, 0.5):  # in time; texts do not wait for images
             pass
-
-
-def test_answers_that_come_by_batches_promise_no_more_than_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(monkeypatch)
-    lane = admission.Lane()
-    lane.change(1000)
-    for batch in range(16):  # 20 a second
-        for _ in range(16):
-            clock.now += 0.1
-            if batch > 6:
-                needed = lane.seconds_for(0)
-                assert needed is not None and 0.9 <= needed / (lane.items / 20) <= 1.6
-        for _ in range(32):
-            clock.now += 0.001
-            lane.change(-1, finished=1)
-
-
-def test_one_answer_beside_a_list_is_no_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(monkeypatch)
-    held = Admission(LimitSettings())
-    with held.hold_items(0, 2048, 30):
-        clock.now += 0.4
-        with held.hold_items(0, 1, 30):
-            clock.now += 0.1
-        clock.now += 3
-        with held.hold_items(0, 1, 30):
-            pass
-
-
-def test_whoever_is_refused_may_come_again_within_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(monkeypatch)
-    held = Admission(LimitSettings())
-    with held.hold_items(1000, 0, 30):
-        for _ in range(20):
-            with held.hold_items(1, 0, 10**6):
-                clock.now += 0.25
-        with pytest.raises(Overloaded) as refused:
-            held.hold_items(1, 0, 30).__enter__()
-        assert refused.value.data["retry_after"] == 30
-
-
-def test_a_stall_says_nothing_of_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(monkeypatch)
-    lane = admission.Lane()
-    lane.change(500)
-    for pause in (*[0.1] * 90, 6.0, *[0.1] * 90):  # ten items a second, but for six seconds
-        clock.now += pause
-        lane.change(-1, finished=1)
-        if needed := lane.seconds_for(0):
-            assert needed == pytest.approx(lane.items / 10, rel=0.3)
-        assert needed or lane.items > 480
 
 
 def test_few_in_flight_say_nothing_of_what_can_be_done(monkeypatch: pytest.MonkeyPatch) -> None:
