@@ -49,7 +49,7 @@ def grow(source: Path, dest: Path, left: int, more_of: Path) -> int:
     count, done = len(list(source.iterdir())), len(read(dest)) if parts(dest) else 0
     for number in range(count, done + left):
         os.link(pictures[number % len(pictures)], source / f"{number:05d}.png")
-    return done + left
+    return max(count, done + left)
 
 
 @contextmanager
