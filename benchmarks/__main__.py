@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import job, library, parts, service, start, transport
+from benchmarks import gpu, job, library, parts, service, start, transport
 from benchmarks.data import CACHE
 from benchmarks.report import Row, as_json, machine, table
 
@@ -23,6 +23,7 @@ WORKLOADS: dict[str, Callable[[int, list[str]], list[Row]]] = {
     "service": service.measure,
     "job": job.measure,
     "parts": parts.measure,
+    "gpu": gpu.measure,
 }
 
 

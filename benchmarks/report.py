@@ -6,7 +6,7 @@ import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,12 @@ def machine() -> str:
     """The machine and the versions that matter, in words."""
     models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     name = models[0].partition(":")[2].strip() if models else platform.machine()
-    packages = ", ".join(
-        f"{package} {version(package)}" for package in ("ray", "torch", "openvino", "transformers", "pillow")
-    )
+    packages = ", ".join(map(_with_version, ("ray", "torch", "openvino", "transformers", "pillow")))
     return f"{os.cpu_count()} cores ({name}), Python {platform.python_version()}, {packages}. Median (lowest–highest)."
+
+
+def _with_version(package: str) -> str:
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:  # openvino, beside a GPU
+        return f"no {package}"

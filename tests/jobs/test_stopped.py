@@ -36,6 +36,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     drawings = [encode(draw(rng, (900, 700)).image, "PNG") for _ in range(10)]
     for number in range(COUNT):
         (folder / f"{number:04d}.png").write_bytes(drawings[number % len(drawings)])
+    # A first encoder converts its tower, and while it does all pictures are decoded: no job could be met half way.
+    one = tmp_path_factory.mktemp("one")
+    os.link(folder / "0000.png", one / "0000.png")
+    assert embed(one, tmp_path_factory.mktemp("converted")).status == 0
     return folder
 
 
