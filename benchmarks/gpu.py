@@ -6,7 +6,8 @@ Without a GPU there are no rows. Files to vectors are a matter of the cores that
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -42,11 +43,10 @@ def measure(repetitions: int, notes: list[str]) -> list[Row]:
             f"{precision}: lowest cosine to transformers' {cosines[0].min():.6f}, to float32 {cosines[1].min():.6f}"
         )
         for size in BATCHES:
-            scaled = _scaled(pixels[:size], encoder)
-            ours_and_theirs = (lambda n=size: encoder.encode_pixels(pixels[:n]), lambda: theirs(scaled))
-            a, b = _in_turns(ours_and_theirs, size, repetitions)
+            ours = partial(encoder.encode_pixels, pixels[:size])
+            a, b = _in_turns((ours, partial(theirs, _scaled(pixels[:size], encoder))), size, repetitions)
             rows.append(Row(f"GPU, {precision}, batch {size}", a, "images/s", AGAINST, b, ratio(a, b)))
-        (texts,) = _in_turns([lambda: encoder.encode_texts(TEXTS)], len(TEXTS), repetitions)
+        (texts,) = _in_turns([partial(encoder.encode_texts, TEXTS)], len(TEXTS), repetitions)
         rows.append(Row(f"GPU, {precision}, {len(TEXTS)} texts", texts, "texts/s", "", None, texts))
         encoder.close()
     return rows
@@ -74,7 +74,7 @@ def _transformers(precision: str) -> Callable[[np.ndarray], np.ndarray]:
     return run
 
 
-def _in_turns(programs: Any, items: int, repetitions: int) -> list[Spread]:
+def _in_turns(programs: Sequence[Callable[[], object]], items: int, repetitions: int) -> list[Spread]:
     """Items a second of each program."""
     found: list[list[float]] = [[] for _ in programs]
     for program in programs:

@@ -19,7 +19,7 @@ from tests.deployments.test_lifecycle import _load
 from tests.library import Library
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU here")
-TEXTS = ["a red circle", "a yellow star on a purple background", ""]
+TEXTS = ["a red circle", "a yellow star on a purple background", "?"]
 
 
 @pytest.fixture(scope="module")

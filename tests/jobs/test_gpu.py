@@ -28,5 +28,7 @@ def test_rows_are_the_librarys(
     found = vectors(read(tmp_path))
     expected = library.images([file.read_bytes() for file in picture_files])
     assert sorted(found) == [file.name for file in picture_files]
-    cosines = [(found[file.name] * row).sum() for file, row in zip(picture_files, expected.astype(np.float64), strict=True)]
+    cosines = [
+        (found[file.name] * row).sum() for file, row in zip(picture_files, expected.astype(np.float64), strict=True)
+    ]
     assert min(cosines) >= lowest_cosine
