@@ -11,7 +11,9 @@ from collections.abc import Callable
 from contextlib import suppress
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
-_LARGE = 256 * 2**10
+# Smaller ones are used again: a photograph's body is copied from hand to hand, and asyncio reads 256 KiB at once. Mapping each
+# copy anew costs requests (docs/performance.md).
+_LARGE = 2**20
 _TRIM_EVERY_S = 30.0
 _SOON_S = 1.0
 
@@ -19,7 +21,7 @@ _soon: asyncio.TimerHandle | None = None
 
 
 def return_freed() -> None:
-    """Give each freed block of 256 KiB or more back to the system at once, and the pages of smaller ones twice a minute.
+    """Give each freed block of 1 MiB or more back to the system at once, and the pages of smaller ones twice a minute.
 
     glibc raises that limit, up to 32 MiB, whenever a larger block is freed, and holes between blocks of changing sizes stay, as
     between OpenVINO's activations for batches of every size or between images on their way to a decoder: under `make soak` an

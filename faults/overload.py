@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,6 +61,27 @@ class Offered:
 
 def _p99(seconds: Sequence[float]) -> float:
     return float(np.percentile(seconds, 99)) if seconds else 0.0
+
+
+@contextmanager
+def _first() -> Iterator[None]:
+    """Let this thread run whenever it has something to do, as the clients of other machines would. Takes root.
+
+    The kernel divides the cores among sessions before it looks at threads (sched(7), autogroup), and kept this session, which
+    mostly sleeps, waiting for up to a second while the service's had both: late was then whoever reads the answers.
+    """
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    _set_priority(before - 10)
+    try:
+        yield
+    finally:
+        _set_priority(before)
+
+
+def _set_priority(nice: int) -> None:
+    with suppress(OSError):  # not root, or a kernel that knows no such groups
+        os.setpriority(os.PRIO_PROCESS, 0, nice)  # of this thread
+        Path("/proc/self/autogroup").write_text(str(nice))
 
 
 async def _one(port: int, body: bytes, found: Offered) -> None:
@@ -124,7 +147,8 @@ def measure(seconds: float) -> list[Row]:
         print(f"capacity: {capacity:.1f} requests/s from 16 clients", flush=True)
         found = []
         for factor in FACTORS:
-            found.append(asyncio.run(_offer(served, shown, factor, factor * capacity, seconds)))
+            with _first():
+                found.append(asyncio.run(_offer(served, shown, factor, factor * capacity, seconds)))
             print(found[-1], flush=True)
         served.until_ready()
     Path("build").mkdir(exist_ok=True)

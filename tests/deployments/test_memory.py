@@ -42,7 +42,7 @@ large = np.ones(2**21)
 del large
 arrays, between = [], []
 for _ in range(200):
-    arrays.append(np.ones(2**16))
+    arrays.append(np.ones(2**17))
     between.append(bytearray(40_000))
 del arrays
 """
