@@ -129,13 +129,15 @@ class Prices:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the rates mean. `transport` is requests a second that this machine's cores carry without a model."""
+    """What the rates mean. `transport` is requests a second that one ingress carries without a model, and `transport_s` seconds of
+    a core for one of them."""
 
     model: str
     precision: str
     reduced_jpeg: bool
     rates: Rates
     transport: float
+    transport_s: float
     cores: int
     gpus: int
     prices: Prices
@@ -156,11 +158,6 @@ class Plan:
     def decoders(self) -> float:
         """Cores that decode as fast as one encoder encodes."""
         return self.encode_rate * self.rates.decode_s
-
-    @property
-    def transport_s(self) -> float:
-        """Seconds of a core for one request."""
-        return self.cores / self.transport
 
     @property
     def cores_per_encoder(self) -> float:
@@ -191,6 +188,7 @@ class Plan:
             "reduced_jpeg": self.reduced_jpeg,
             **asdict(self.rates),
             "transport_requests_per_second": self.transport,
+            "transport_s": self.transport_s,
             "cores": self.cores,
             "gpus": self.gpus,
             "batch": self.batch,
@@ -210,7 +208,7 @@ class Plan:
             f"decode     {milliseconds:8.1f} ms of a core an image{kept}, {kilobytes:.0f} kB in the mean",
             *(f"encode     {rate:8.1f} images/s at batch {size}" for size, rate in rates.encode.items()),
             *(f"texts      {rate:8.1f} texts/s at batch {size}" for size, rate in rates.texts.items()),
-            f"transport  {self.transport:8.1f} requests/s on {self.cores} cores, {carried:.1f} ms of a core each",
+            f"transport  {self.transport:8.1f} requests/s by one ingress, {carried:.1f} ms of a core each",
             "",
             f"An encoder ({own}, {rates.engine}, {self.precision}) takes {self.encode_rate:.1f} images/s in batches of "
             f"{self.batch}.",
@@ -222,9 +220,10 @@ class Plan:
         has = f"{self.cores} cores, {self.gpus} GPU{'s' * (self.gpus > 1)}" if self.on_gpu else f"{self.cores} cores"
         lines.append(f"This machine ({has}) should serve {self.machine_rate:.0f} images/s, one a request.")
         hours = 1e6 / self.encode_rate / 3600
+        takes = f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
         price = self.million()
         cost = f", {price:,.2f} at the given prices" if price is not None else "; give prices for its cost"
-        lines.append(f"A million images take {hours:,.1f} hours of it{cost}.")
+        lines.append(f"A million images take {takes} of it{cost}.")
         return "\n".join(lines)
 
     def config(self) -> str:
@@ -233,7 +232,8 @@ class Plan:
         encoders = self.encoders
         decoding = min(self.decoders * encoders, self.cores)  # cores
         decoders = math.ceil(decoding / of_decoder())
-        ingresses = 2 if self.cores > 2 else 1
+        fewest = 2 if self.cores > 2 else 1
+        ingresses = max(fewest, math.ceil(self.machine_rate / self.transport))
         # Reservations place replicas and do not limit them. Everything must find room at its largest size.
         replicas = ingresses + decoders + 2 * encoders
         share = min(1.0, math.floor(100 * 0.9 * self.cores / replicas) / 100)
@@ -262,7 +262,7 @@ applications:
       - name: Ingress
         ray_actor_options: {{num_cpus: {share}}}
         autoscaling_config:
-          min_replicas: {ingresses}
+          min_replicas: {fewest}
           max_replicas: {ingresses}
           target_ongoing_requests: {max(64, 4 * batch)}
       - name: ImageDecoder

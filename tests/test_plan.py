@@ -21,8 +21,8 @@ RATES = Rates(
 
 def plan(**changes: object) -> Plan:
     values = {
-        "model": "tiny", "precision": "float32", "reduced_jpeg": False, "rates": RATES, "transport": 400.0, "cores": 16,
-        "gpus": 0, "prices": Prices(core=0.05),
+        "model": "tiny", "precision": "float32", "reduced_jpeg": False, "rates": RATES, "transport": 400.0, "transport_s": 0.04,
+        "cores": 16, "gpus": 0, "prices": Prices(core=0.05),
     }  # fmt: skip
     return Plan(**{**values, **changes})  # type: ignore[arg-type]
 
@@ -35,11 +35,13 @@ def test_the_smallest_batch_that_comes_close_to_the_best() -> None:
 def test_what_one_encoder_needs_and_costs() -> None:
     found = plan()
     assert found.decoders == pytest.approx(38 * 0.02)
-    busy = 38 * 0.02 + 38 * 16 / 400 + 4  # decoding, transport, its own threads
+    busy = 38 * 0.02 + 38 * 0.04 + 4  # decoding, transport, its own threads
     assert found.cores_per_encoder == pytest.approx(busy)
     assert found.million() == pytest.approx(busy * 0.05 * 1e6 / 38 / 3600)
     assert plan(prices=Prices()).million() is None
     assert "0.76 cores that decode" in str(found) and "38.0 images/s in batches of 8" in str(found)
+    assert "A million images take 7.3 hours" in str(found)
+    assert "A million images take 8.3 minutes" in str(plan(rates=replace(RATES, encode={64: 2000.0})))
 
 
 def test_as_json() -> None:
@@ -51,12 +53,12 @@ def test_as_json() -> None:
 def test_what_the_machine_should_serve() -> None:
     found = plan()
     assert found.encoders == 2 and found.machine_rate == 2 * 38
-    small = plan(cores=2, transport=50.0)
+    small = plan(cores=2)
     assert small.encoders == 1
-    assert small.machine_rate == pytest.approx(2 / (0.02 + 2 / 50 + 4 / 38)), "cores by their seconds an image"
+    assert small.machine_rate == pytest.approx(2 / (0.02 + 0.04 + 4 / 38)), "cores by their seconds an image"
     assert f"This machine (16 cores) should serve {found.machine_rate:.0f} images/s" in str(found)
     fast = replace(RATES, encode={64: 2000.0}, device="cuda")
-    assert plan(rates=fast, gpus=1).machine_rate == pytest.approx(16 / (0.02 + 16 / 400)), "decoding is what ends first"
+    assert plan(rates=fast, gpus=1).machine_rate == pytest.approx(16 / (0.02 + 0.04)), "decoding is what ends first"
     slow = plan(rates=replace(RATES, device="cuda"), gpus=2)
     assert slow.machine_rate == 2 * 38 and "16 cores, 2 GPUs" in str(slow)
 
@@ -73,6 +75,13 @@ def test_its_config_is_accepted_and_finds_room(cores: int, reduced: bool) -> Non
         share = deployment.get("ray_actor_options", {}).get("num_cpus", application["args"]["cpus_per_replica"])
         reserved += share * deployment["autoscaling_config"]["max_replicas"]
     assert 0 < reserved <= cores
+
+
+def test_there_are_ingresses_for_what_it_serves() -> None:
+    fast = replace(RATES, encode={64: 2000.0}, device="cuda")  # 267 images/s from 16 cores
+    config = yaml.safe_load(plan(rates=fast, gpus=1, transport=100.0).config())
+    scaling = {part["name"]: part["autoscaling_config"] for part in config["applications"][0]["deployments"]}["Ingress"]
+    assert (scaling["min_replicas"], scaling["max_replicas"]) == (2, 3)
 
 
 def test_on_a_gpu_both_encoders_share_it() -> None:

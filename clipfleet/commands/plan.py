@@ -46,7 +46,7 @@ def plan(
         from deployments.transport import measure_transport
 
         found = Plan(
-            model, precision, reduced_jpeg, rates, measure_transport().rate, cores(), gpu_count(),
+            model, precision, reduced_jpeg, rates, *measure_transport(), cores(), gpu_count(),
             Prices(core_price, gpu_price),
         )  # fmt: skip
         say(found, as_json)
