@@ -129,8 +129,8 @@ class Prices:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the rates mean. `transport` is requests a second that one ingress carries without a model, and `transport_s` seconds of
-    a core for one of them."""
+    """What the rates mean. `transport` is requests a second that one ingress carries without a model, `transport_s` seconds
+    of a core for one of them."""
 
     model: str
     precision: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from clipfleet.errors import Overloaded
@@ -18,11 +18,13 @@ _SATURATED = 64  # items: with as many in flight all the time, batches are full 
 class Lane:
     """Items of one kind in flight, and how fast they are finished while there are plenty.
 
-    Without a backlog the rate of answers is that of the questions, and says nothing of what could be done.
+    Without a backlog the rate of answers is that of the questions, and says nothing of what could be done. What was done in the
+    last backlog stands for the first second of the next one, and for as long as nothing is finished.
     """
 
     def __init__(self) -> None:
         self.items = 0
+        self._rate: float | None = None  # items a second, as last seen in a backlog
         self._finished: deque[tuple[float, int]] | None = None  # since the backlog began; None without one
 
     def change(self, items: int, finished: int = 0) -> None:
@@ -51,7 +53,9 @@ class Lane:
         since = self._finished[0][0]
         finished = sum(count for at, count in self._finished if at > since)
         span = time.monotonic() - since
-        return (self.items + items) * span / finished if span > 1 and finished else None
+        if span > 1 and finished:
+            self._rate = finished / span
+        return (self.items + items) / self._rate if self._rate else None
 
 
 class Admission:
@@ -118,21 +122,30 @@ class Admission:
                 self._by_key[key] -= count
 
     @contextmanager
-    def hold_items(self, images: int, texts: int, seconds: float, key: str | None = None) -> Iterator[None]:
+    def hold_items(
+        self, images: int, texts: int, seconds: float, key: str | None = None
+    ) -> Iterator[Callable[[str, int], None]]:
         """Hold a request's items for as long as they are worked on; it has `seconds` left, and came with the API key of that
-        name. Raises Overloaded."""
-        wanted = _wanted(images, texts)
+        name. Yields what is to be called with "images" or "texts" and how many of them are done, before all are. Raises
+        Overloaded."""
+        held = dict(_wanted(images, texts))
         self.check_items(images, texts, seconds, key)
-        for what, count in wanted:
+        for what, count in held.items():
             self.lanes[what].change(count)
+
+        def finish(what: str, count: int) -> None:
+            held[what] -= count
+            self.lanes[what].change(-count, finished=count)
+
         done = False
         try:
             with self.hold_key(key, images + texts):
-                yield
+                yield finish
             done = True
         finally:
-            for what, count in wanted:
-                self.lanes[what].change(-count, finished=count if done else 0)
+            for what, count in held.items():
+                if count:
+                    self.lanes[what].change(-count, finished=count if done else 0)
 
     def check_items(self, images: int, texts: int, seconds: float, key: str | None = None) -> None:
         """Raise Overloaded where hold_items would: for a request of at least so many items, before its body is read."""

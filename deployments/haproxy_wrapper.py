@@ -60,6 +60,9 @@ LONGEST_NAME = 128  # of a request; a longer one gets another
 # Open to all, and never refused for load. Those of infinity and Weaviate are among them.
 HEALTH_PATHS = ("/healthz", "/readyz", "/health", "/.well-known/live", "/.well-known/ready")
 
+IMAGES_PATH = "/v1/embeddings/images"
+SMALL_BYTES = 65_536  # of a body with texts; images are seldom as small
+
 # Serve's list of applications and their prefixes, and the prefix of an application that has been replaced (upgrade.py), which
 # still has the old keys. Decoded, as the replicas read them.
 HIDDEN_PATHS = "path,url_dec -i -m beg /-/routes /-clipfleet-previous"
@@ -135,13 +138,19 @@ def _most_in_use(config: str) -> int:
     return most_in_use(int(size[1]) if size else BUFFER_BYTES)
 
 
-def _refusal(config: str, folder: Path) -> str:
-    """The rule that refuses requests when too many are in the replicas. The group 1 that it refers to is a backend's name."""
-    most = _most_in_use(config) * 3 // 4
-    health = " ".join(HEALTH_PATHS)
-    file = folder / "429.http"
-    return (
-        f"    http-request return status 429 errorfile {file} if {{ be_conn(\\1) ge {most} }} !{{ path_end {health} }}"
+def _refusals(config: str, folder: Path) -> str:
+    """The rules that refuse requests when too many are in the replicas. The group 1 that they refer to is a backend's name.
+
+    Images and what is large, or says no length, stop earlier: texts have a lane of their own in the replicas, and room here.
+    """
+    most = _most_in_use(config)
+    refuse = f"    http-request return status 429 errorfile {folder / '429.http'} if {{ be_conn(\\1) ge"
+    return "\n".join(
+        [
+            f"{refuse} {most * 5 // 8} }} {{ path_end {IMAGES_PATH} }}",
+            f"{refuse} {most * 5 // 8} }} {{ method POST }} !{{ req.hdr_val(content-length) 0:{SMALL_BYTES} }}",
+            f"{refuse} {most * 3 // 4} }} !{{ path_end {' '.join(HEALTH_PATHS)} }}",
+        ]
     )
 
 
@@ -156,7 +165,7 @@ def edit(config: str, folder: Path, host: str, port: str, certificate: str = "")
         # With every connection in use, others would wait in the kernel for one to end. A quarter is kept for those that are
         # told at once that there are too many.
         (r"^    http-request return status 429 .*\n", ""),
-        (r"^    use_backend (\S+) if ", rf"{_refusal(config, folder)}\n\g<0>"),
+        (r"^    use_backend (\S+) if ", rf"{_refusals(config, folder)}\n\g<0>"),
         # Each thread keeps this much of freed buffers at hand; by default less than one buffer, which it would get from the
         # system and give back for every request.
         (

@@ -18,7 +18,7 @@ from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 
-from clipfleet.errors import ClipfleetError, Unavailable
+from clipfleet.errors import ClipfleetError, ServiceError, Unavailable
 from deployments.encoder import Encoded, EncodedText
 from deployments.inputs import Input
 
@@ -52,8 +52,11 @@ class Pipeline:
         self.text_encoder = text_encoder
         self.batches: dict[str, float | None] = {"image": None, "text": None}  # the mean sizes that encoders said last
 
-    async def embed(self, inputs: Sequence[Input], deadline: float, fingerprint: str) -> list[Outcome]:
-        """One outcome an input, in order, by encoders of that fingerprint. `deadline` is wall-clock time.
+    async def embed(
+        self, inputs: Sequence[Input], deadline: float, fingerprint: str, finish: Callable[[str, int], None]
+    ) -> list[Outcome]:
+        """One outcome an input, in order, by encoders of that fingerprint. `deadline` is wall-clock time; `finish` is called
+        with "images" or "texts" and their number whenever some of them are done.
 
         Raises ServiceError for the whole request; CheckpointChanged where an encoder has another fingerprint.
         """
@@ -61,15 +64,18 @@ class Pipeline:
         images = {i: len(item) for i, item in enumerate(inputs) if isinstance(item, bytes)}
         texts = [i for i, item in enumerate(inputs) if isinstance(item, str)]
         calls = [
-            *((chunk, self._embed_images) for chunk in _spread(images)),
-            *((texts[i : i + _TEXTS_A_CALL], self._embed_texts) for i in range(0, len(texts), _TEXTS_A_CALL)),
+            *(("images", chunk, self._embed_images) for chunk in _spread(images)),
+            *(("texts", texts[i : i + _TEXTS_A_CALL], self._embed_texts) for i in range(0, len(texts), _TEXTS_A_CALL)),
         ]
+
+        async def call(what: str, chunk: list[int], embed: Callable[..., Awaitable[list[Outcome]]]) -> list[Outcome]:
+            found = await embed([inputs[i] for i in chunk], deadline, fingerprint)
+            finish(what, sum(not isinstance(outcome, ServiceError) for outcome in found))
+            return found
+
         try:
             async with asyncio.TaskGroup() as group:  # one failed call ends its siblings
-                tasks = [
-                    (chunk, group.create_task(embed([inputs[i] for i in chunk], deadline, fingerprint)))
-                    for chunk, embed in calls
-                ]
+                tasks = [(chunk, group.create_task(call(what, chunk, embed))) for what, chunk, embed in calls]
         except ExceptionGroup as failed:
             raise failed.exceptions[0] from None
         for chunk, task in tasks:

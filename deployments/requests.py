@@ -192,10 +192,10 @@ class Requests:
     async def _compute(self, asked: Asked, inputs: Sequence[Input], fingerprint: str) -> list[Outcome]:
         images = sum(isinstance(item, bytes) for item in inputs)
         texts = sum(isinstance(item, str) for item in inputs)
-        with self.admission.hold_items(images, texts, asked.seconds_left, asked.key):
+        with self.admission.hold_items(images, texts, asked.seconds_left, asked.key) as finish:
             try:
                 async with asyncio.timeout(asked.seconds_left):
-                    outcomes = await self._pipeline.embed(inputs, asked.deadline, fingerprint)
+                    outcomes = await self._pipeline.embed(inputs, asked.deadline, fingerprint, finish)
             except CheckpointChanged:
                 self.health.forget_model()
                 raise

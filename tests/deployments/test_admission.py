@@ -97,6 +97,37 @@ def test_what_cannot_be_done_in_time_is_refused(monkeypatch: pytest.MonkeyPatch)
             pass
 
 
+def test_parts_of_long_lists_say_what_can_be_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    held = Admission(LimitSettings())
+    with held.hold_items(640, 0, 30) as finish:
+        for _ in range(4):
+            clock.now += 0.5
+            finish("images", 8)
+        assert held.lanes["images"].items == 608
+        with pytest.raises(Overloaded, match=r"608 images are in flight; with these 64 they take 4\d s"):
+            held.hold_items(64, 0, 30).__enter__()
+    assert held.lanes["images"].items == 0
+
+
+def test_the_last_backlog_stands_for_the_beginning_of_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    held = Admission(LimitSettings())
+    with held.hold_items(1000, 0, 30):  # of the first nothing is known
+        pass
+    with held.hold_items(640, 0, 30) as finish:
+        for _ in range(20):
+            clock.now += 0.5
+            finish("images", 8)
+        held.lanes["images"].seconds_for(1)
+    clock.now += 3600
+    with held.hold_items(320, 0, 30):
+        with pytest.raises(Overloaded, match=r"320 images are in flight; with these 320 they take 4\d s"):
+            held.hold_items(320, 0, 30).__enter__()
+        with held.hold_items(64, 0, 30):
+            pass
+
+
 def test_few_in_flight_say_nothing_of_what_can_be_done(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     held = Admission(LimitSettings())

@@ -58,10 +58,14 @@ def test_requests_are_refused_before_connections_run_out(tmp_path: Path) -> None
     head = f"global\n    tune.bufsize {BUFFER_BYTES}\n"
     generated = f"{head}frontend http_frontend\n    use_backend http-clipfleet if is_http-clipfleet\n"
     edited = edit(generated, tmp_path, "127.0.0.1", "8000")
-    rule, use = edited.splitlines()[-2:]
-    assert rule.startswith(f"    http-request return status 429 errorfile {tmp_path}/429.http if")
+    *rules, use = edited.splitlines()[-4:]
     most = most_in_use(BUFFER_BYTES)
-    assert f"{{ be_conn(http-clipfleet) ge {most * 3 // 4} }} !{{ path_end {' '.join(HEALTH_PATHS)} }}" in rule
+    refuse = f"    http-request return status 429 errorfile {tmp_path}/429.http if {{ be_conn(http-clipfleet) ge "
+    assert rules == [
+        f"{refuse}{most * 5 // 8} }} {{ path_end /v1/embeddings/images }}",
+        f"{refuse}{most * 5 // 8} }} {{ method POST }} !{{ req.hdr_val(content-length) 0:65536 }}",
+        f"{refuse}{most * 3 // 4} }} !{{ path_end {' '.join(HEALTH_PATHS)} }}",
+    ], "images leave room for texts, and all of them for those that are refused"
     assert f"    tune.buffers.limit {2 * most}" in edited.splitlines()
     assert use == "    use_backend http-clipfleet if is_http-clipfleet"
     assert edit(edited, tmp_path, "127.0.0.1", "8000") == edited
