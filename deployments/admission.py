@@ -11,6 +11,7 @@ from clipfleet.errors import Overloaded
 from clipfleet.settings import LimitSettings
 
 _WINDOW_S = 5.0
+_KNOWN_S = 4.0  # a rate over less may be that of a burst
 _STALLED_S = 2.0  # without any change of what is in flight
 _SATURATED = 64  # items: with as many in flight all the time, batches are full and the rate is all that there is
 
@@ -18,14 +19,17 @@ _SATURATED = 64  # items: with as many in flight all the time, batches are full 
 class Lane:
     """Items of one kind in flight, and how fast they are finished while there are plenty.
 
-    Without a backlog the rate of answers is that of the questions, and says nothing of what could be done. What was done in the
-    last backlog stands for the first second of the next one, and for as long as nothing is finished.
+    Without a backlog the rate of answers is that of the questions, and says nothing of what could be done. In its first
+    second, and for as long as nothing is finished, the best of the last backlog stands for it, or before the first `guess`.
     """
 
     def __init__(self) -> None:
         self.items = 0
-        self._rate: float | None = None  # items a second, as last seen in a backlog
+        self.guess: float | None = None  # items a second
         self._finished: deque[tuple[float, int]] | None = None  # since the backlog began; None without one
+        self._sum = 0  # of what is in there, but for the first, from which on time counts
+        self._best: float | None = None  # items a second, of this backlog or the last
+        self._is_new = True  # whether `_best` is still of the last
 
     def change(self, items: int, finished: int = 0) -> None:
         """Take on `items`, or, if below 0, let them go, of which `finished` were done."""
@@ -35,27 +39,33 @@ class Lane:
             self._finished = None
             return
         if self._finished is None:
-            self._finished = deque([(now, 0)])
-        if (
-            now - self._finished[-1][0] > _STALLED_S
-        ):  # a replica was gone: what came before says nothing of the rate now
-            self._finished = deque([(now, 0)])
+            self._is_new = True
+        # A replica was gone for so long: what came before says nothing of the rate now.
+        if self._finished is None or now - self._finished[-1][0] > _STALLED_S:
+            self._finished, self._sum = deque([(now, 0)]), 0
         self._finished.append((now, finished))
+        self._sum += finished
         while self._finished[1][0] < now - _WINDOW_S:
             self._finished.popleft()
+            self._sum -= self._finished[0][1]
+        if now - self._finished[0][0] > _KNOWN_S and (rate := self._rate()):
+            self._best = rate if self._is_new else max(rate, self._best or 0)
+            self._is_new = False
         if self.items < _SATURATED:
             self._finished = None
+
+    def _rate(self) -> float | None:
+        """Items a second of late; None where that is not known yet."""
+        assert self._finished is not None
+        span = time.monotonic() - self._finished[0][0]
+        return self._sum / span if span > 1 and self._sum else None
 
     def seconds_for(self, items: int) -> float | None:
         """How long `items` more take, after those in flight, at the present rate; None where that is not known."""
         if self._finished is None:
             return None
-        since = self._finished[0][0]
-        finished = sum(count for at, count in self._finished if at > since)
-        span = time.monotonic() - since
-        if span > 1 and finished:
-            self._rate = finished / span
-        return (self.items + items) / self._rate if self._rate else None
+        rate = self._rate() or self._best or self.guess
+        return (self.items + items) / rate if rate else None
 
 
 class Admission:

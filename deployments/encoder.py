@@ -73,6 +73,9 @@ class EncoderReplica:
         )
         self._fingerprint = fingerprint(checkpoint, exif_orientation=settings.exif_orientation)
         self._forward(self._probe_items())  # the first pass is the slow one
+        began = time.monotonic()
+        self._forward(self._probe_items())
+        self._alone_s = time.monotonic() - began
         self._mean_batch: float | None = None
         self._batcher = Batcher(self._forward, batch, self._observe, settings.limits.forward_s)
         memory.collect_rarely()
@@ -110,7 +113,7 @@ class EncoderReplica:
         return self._idle_seconds()
 
     async def describe(self) -> dict[str, Any]:
-        """What /v1/models says about the checkpoint, and what ranking needs."""
+        """What /v1/models says about the checkpoint, and what ranking needs; seconds of a pass of one item."""
         encoder = self._encoder
         return {
             "id": self._settings.served_model_name or encoder.checkpoint.served_name,
@@ -123,6 +126,7 @@ class EncoderReplica:
             "engine": encoder.engine,
             "logit_scale": encoder.logit_scale,
             "logit_bias": encoder.logit_bias,
+            "alone_s": self._alone_s,
         }
 
     def _idle_seconds(self) -> float:

@@ -40,6 +40,11 @@ class Health:
         texts, images = self._description.get("TextEncoder"), self._description.get("ImageEncoder")
         return images if images and texts and images["fingerprint"] == texts["fingerprint"] else None
 
+    def alone_rate(self, encoder: str) -> float | None:
+        """Items a second that an encoder does one by one, so about the least of what it can do; None until it runs."""
+        described = self._description.get(encoder)
+        return 1 / max(described["alone_s"], 1e-6) if described else None
+
     def deployments(self) -> dict[str, str]:
         """Each deployment's state: `ready`, or what is known instead."""
         return {"Ingress": "ready"} | {name: self._state(name) for name in self._handles}

@@ -54,6 +54,7 @@ class HollowEncoder:
             "id": self._settings.served_model_name or "hollow", "revision": None, "dimension": len(_VECTOR),
             "context_length": 77, "image_size": 224, "fingerprint": _FINGERPRINT, "precision": "float32",
             "engine": "none", "logit_scale": 100.0, "logit_bias": None,
+            "alone_s": 1e-4,
         }  # fmt: skip
 
 

@@ -192,6 +192,8 @@ class Requests:
     async def _compute(self, asked: Asked, inputs: Sequence[Input], fingerprint: str) -> list[Outcome]:
         images = sum(isinstance(item, bytes) for item in inputs)
         texts = sum(isinstance(item, str) for item in inputs)
+        for lane, encoder in (("images", "ImageEncoder"), ("texts", "TextEncoder")):
+            self.admission.lanes[lane].guess = self.health.alone_rate(encoder)
         with self.admission.hold_items(images, texts, asked.seconds_left, asked.key) as finish:
             try:
                 async with asyncio.timeout(asked.seconds_left):
