@@ -26,6 +26,9 @@ SUFFIXES = (
 )  # fmt: skip
 _MEGA = 1_000_000
 _JPEG_SCANS, _PNG_CHUNKS = 100, 10_000
+_RLE_PIXELS = (
+    4 * _MEGA
+)  # Pillow decodes these in Python, of all formats accepted here these alone: a second for so many
 _SCAN = b"\xff\xda"
 
 
@@ -124,6 +127,13 @@ def open_image(data: bytes | bytearray | memoryview, limits: ImageLimits = DEFAU
     except Exception as error:  # Pillow's plugins raise whatever their parsing trips over
         raise ImageCorrupt(f"the {kind} header does not decode: {error}", format=kind) from error
     check_pixels(image.width, image.height, limits.max_pixels, "the image")
+    if any(codec == "bmp_rle" for codec, *_ in image.tile):  # type: ignore[attr-defined]  # an ImageFile
+        check_pixels(
+            image.width,
+            image.height,
+            min(_RLE_PIXELS, limits.max_pixels),
+            "the BMP is run-length encoded, which decodes slowly (save it uncompressed or as PNG): it",
+        )
     if kind == "TIFF":  # Pillow decodes whole tiles, whatever the image's own size
         width, length = (_tag(image, tag) for tag in (ExifTags.Base.TileWidth, ExifTags.Base.TileLength))
         check_pixels(width, length, limits.max_pixels, "a tile of the TIFF")

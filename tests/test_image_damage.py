@@ -23,7 +23,7 @@ from clipfleet.errors import (
     ImageTooManyPixels,
     ImageUnreadable,
 )
-from clipfleet.image_files import sniff
+from clipfleet.image_files import open_image, sniff
 from clipfleet.images import decode
 from tests.pictures import encode, picture
 from tests.reference import CLIP, spec_of
@@ -227,6 +227,22 @@ def test_a_tiff_whose_tile_is_larger_than_the_image() -> None:
     file.write(struct.pack("<I", 0) + tile)
     with pytest.raises(ImageTooManyPixels, match="a tile of the TIFF has 16384 x 16384"):
         decode(file.getvalue(), SPEC)
+
+
+def run_length_bmp(width: int, height: int) -> bytes:
+    """One red pixel a row, then its end: the file has 4 bytes a row."""
+    palette, rows = 256 * b"\0\0\xff\0", height * b"\1\1\0\0"
+    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, len(rows), 0, 0, 0, 0)
+    start = 14 + len(header) + len(palette)
+    return b"BM" + struct.pack("<IHHI", start + len(rows), 0, 0, start) + header + palette + rows
+
+
+def test_a_large_bmp_of_runs_is_refused_undecoded() -> None:
+    """Pillow decodes runs in Python: 33 kB keep a core for seconds."""
+    assert outcome(run_length_bmp(1000, 800)) == "pixels"
+    assert outcome(encode(Image.new("P", (2500, 2000)), "BMP")) == "pixels"
+    with pytest.raises(ImageTooManyPixels, match=r"run-length encoded.* 8000 x 8000 .* the limit is 4,000,000"):
+        open_image(run_length_bmp(8000, 8000))
 
 
 @pytest.mark.parametrize("brands", [b"heic\0\0\0\0mif1heic", b"mif1\0\0\0\0mif1heicmiaf", b"isom\0\0\0\0mp42"])
