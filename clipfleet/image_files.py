@@ -19,17 +19,16 @@ from clipfleet.errors import (
     ImageTooManyPixels,
     ImageUnreadable,
 )
+from clipfleet.image_parts import check_parts
 from clipfleet.resize import check_pixels
 
 SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif",
 )  # fmt: skip
 _MEGA = 1_000_000
-_JPEG_SCANS, _PNG_CHUNKS = 100, 10_000
 _RLE_PIXELS = (
     4 * _MEGA
 )  # Pillow decodes these in Python, of all formats accepted here these alone: a second for so many
-_SCAN = b"\xff\xda"
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ def open_image(data: bytes | bytearray | memoryview, limits: ImageLimits = DEFAU
     if kind is None or kind not in limits.formats:
         found = f"the image is {kind}" if kind else "the first bytes are no signature of an image format"
         raise ImageFormatUnsupported(f"{found}; accepted are {', '.join(limits.formats)}", format=kind)
-    _check_parts(data if isinstance(data, bytes) else bytes(data), kind)
+    check_parts(data if isinstance(data, bytes) else bytes(data), kind)
     try:
         image = Image.open(io.BytesIO(data), formats=[kind])
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -143,37 +142,6 @@ def open_image(data: bytes | bytearray | memoryview, limits: ImageLimits = DEFAU
 def _tag(image: Image.Image, tag: int) -> int:
     value = image.tag_v2.get(tag)  # type: ignore[attr-defined]  # a TiffImageFile
     return value if isinstance(value, int) and value > 0 else 1
-
-
-def _check_parts(data: bytes, kind: str) -> None:
-    """Refuse files whose many small parts take a decoder far longer than their pixels would."""
-    if kind == "JPEG":
-        # A scan may touch every pixel: 95 bytes cost as much as the rest of the file. Encoders write about ten.
-        # The bytes that start one are found in thumbnails too, and in the films that phones append: counted closely if many.
-        if data.count(_SCAN) > _JPEG_SCANS and (scans := _count_scans(data)) > _JPEG_SCANS:
-            raise ImageCorrupt(f"the JPEG has {scans} scans; the limit is {_JPEG_SCANS}", format=kind)
-    elif kind == "PNG":
-        chunks, start = 0, 8
-        while start + 8 <= len(data):
-            chunks += data[start + 4 : start + 8] != b"IDAT"
-            if chunks > _PNG_CHUNKS:
-                raise ImageCorrupt(f"the PNG has more than {_PNG_CHUNKS:,} chunks beside its pixels", format=kind)
-            start += 12 + int.from_bytes(data[start : start + 4], "big")
-
-
-def _count_scans(data: bytes) -> int:
-    """Scans of a JPEG up to its end: what lies in other segments and behind the end is passed over (ITU T.81, annex B)."""
-    scans, position = 0, 2
-    while 0 <= (position := data.find(b"\xff", position)) < len(data) - 3:
-        marker = data[position + 1]
-        if marker == 0xD9:  # the end
-            break
-        if marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD8:  # these have no length; 00 is a pixel's byte
-            position += 1 if marker == 0xFF else 2
-            continue
-        scans += marker == _SCAN[1]
-        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    return scans
 
 
 def decoding_bytes(image: Image.Image) -> int:

@@ -208,6 +208,38 @@ def test_what_phones_and_cameras_add_to_a_jpeg_does_not_count() -> None:
     assert np.array_equal(decode(with_both, SPEC).pixels, decode(data, SPEC).pixels)
 
 
+@pytest.mark.parametrize(
+    ("part", "times", "message"),
+    [
+        (
+            b"\xff\xe1\0\x08Exif\0\0",
+            10_000,
+            "more than 500 segments before its pixels",
+        ),  # Pillow joins these: quadratic
+        (b"\xff\xe5\0\x02", 10_000, "more than 500 segments before its pixels"),
+        (b"\xff\xfe\0\0", 10_000, "more than 500 segments before its pixels"),  # the least length, and one below it
+        (b"\xff\xdb\0\1", 10_000, "more than 500 segments before its pixels"),
+        (b"\xff", 200_000, "more than 100,000 bytes of tables and fill"),
+        (b"\xff\0", 100_000, "more than 100,000 bytes of tables and fill"),
+        (b"\xff\xd0", 100_000, "more than 100,000 bytes of tables and fill"),
+        (b"\xff\xf0", 100_000, "more than 100,000 bytes of tables and fill"),
+        (b"\xff\xdb" + struct.pack(">H", 65_002) + 1000 * bytes(65), 2, "more than 100,000 bytes of tables and fill"),
+    ],
+)
+def test_a_jpeg_of_endless_segments_is_refused_unread(part: bytes, times: int, message: str) -> None:
+    """Pillow takes a step of Python for each: 20 MiB of them would take minutes."""
+    data = encode(picture("RGB", 60, 40), "JPEG")
+    with pytest.raises(ImageCorrupt, match=message):
+        open_image(data[:2] + times * part + data[2:])
+
+
+def test_a_jpeg_may_have_much_metadata_and_some_fill() -> None:
+    data = encode(picture("RGB", 60, 40), "JPEG", icc_profile=255 * bytes(65519), comment=b"words")
+    assert data.count(b"ICC_PROFILE") == 255
+    xmp = b"\xff\xe1\0\x12" + b"http://ns.adobe."
+    assert outcome(data[:2] + 100 * xmp + 1000 * b"\xff" + data[2:]) == "pixels"
+
+
 def test_a_png_of_endless_chunks_is_refused_unread() -> None:
     data = encode(picture("RGB", 30, 20), "PNG")
     chunk = struct.pack(">I", 0) + b"teSt" + struct.pack(">I", zlib.crc32(b"teSt"))
