@@ -21,6 +21,7 @@ from clipfleet.errors import (
 )
 from clipfleet.image_parts import check_parts
 from clipfleet.resize import check_pixels
+from clipfleet.tiff_directory import check_directory
 
 SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif",
@@ -114,7 +115,10 @@ def open_image(data: bytes | bytearray | memoryview, limits: ImageLimits = DEFAU
     if kind is None or kind not in limits.formats:
         found = f"the image is {kind}" if kind else "the first bytes are no signature of an image format"
         raise ImageFormatUnsupported(f"{found}; accepted are {', '.join(limits.formats)}", format=kind)
-    check_parts(data if isinstance(data, bytes) else bytes(data), kind)
+    data = data if isinstance(data, bytes) else bytes(data)
+    check_parts(data, kind)
+    if kind == "TIFF":
+        check_directory(data)
     try:
         image = Image.open(io.BytesIO(data), formats=[kind])
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import random
 import struct
@@ -248,17 +247,88 @@ def test_a_png_of_endless_chunks_is_refused_unread() -> None:
         decode(data[:33] + 20_000 * chunk + data[33:], SPEC)
 
 
+Entry = tuple[int, int, int, int | bytes]  # tag, type, count, and the value or the bytes that lie elsewhere
+
+
+def tiff(entries: list[Entry], pixels: bytes, order: str = "<", big: bool = False) -> bytes:
+    """A TIFF of these entries whose pixels lie behind its directory: an offset of None stands for their place."""
+    place, width = ("Q", 8) if big else ("I", 4)
+    head = {"<": b"II", ">": b"MM"}[order]
+    head += struct.pack(order + "HHHQ", 43, 8, 0, 16) if big else struct.pack(order + "HI", 42, 8)
+    head += struct.pack(order + ("Q" if big else "H"), len(entries))
+    end = len(head) + len(entries) * (20 if big else 12) + width
+    body = pixels
+    for tag, kind, count, value in entries:
+        if isinstance(value, bytes):
+            field, body = struct.pack(order + place, end + len(body)), body + value
+        else:
+            value = end if tag in (273, 324) else value
+            field = struct.pack(order + {1: "B", 3: "H", 4: "I", 16: "Q"}[kind], value).ljust(width, b"\0")
+        head += struct.pack(order + "HH" + place, tag, kind, count) + field
+    return head + bytes(width) + body
+
+
+def grey(width: int, height: int, compression: int = 1) -> list[Entry]:
+    return [
+        (256, 4, 1, width),
+        (257, 4, 1, height),
+        (258, 3, 1, 8),
+        (259, 3, 1, compression),
+        (262, 3, 1, 1),
+        (277, 3, 1, 1),
+    ]
+
+
 def test_a_tiff_whose_tile_is_larger_than_the_image() -> None:
-    file = io.BytesIO()
     tile = zlib.compress(bytes(16384 * 16384))
-    entries = [(256, 4, 100), (257, 4, 100), (258, 3, 8), (259, 3, 8), (262, 3, 1), (277, 3, 1),
-               (322, 4, 16384), (323, 4, 16384), (324, 4, 8 + 2 + 10 * 12 + 4), (325, 4, len(tile))]  # fmt: skip
-    file.write(struct.pack("<2sHIH", b"II", 42, 8, len(entries)))
-    for tag, kind, value in entries:
-        file.write(struct.pack("<HHII", tag, kind, 1, value))
-    file.write(struct.pack("<I", 0) + tile)
+    entries = [*grey(100, 100, 8), (322, 4, 1, 16384), (323, 4, 1, 16384), (324, 4, 1, 0), (325, 4, 1, len(tile))]
     with pytest.raises(ImageTooManyPixels, match="a tile of the TIFF has 16384 x 16384"):
-        decode(file.getvalue(), SPEC)
+        decode(tiff(entries, tile), SPEC)
+
+
+@pytest.mark.parametrize(("order", "big"), [("<", False), (">", False), ("<", True)])
+@pytest.mark.parametrize("tag", [273, 324])
+def test_a_tiff_of_endless_parts_is_refused_unread(order: str, big: bool, tag: int) -> None:
+    """Pillow makes an object of each strip and tile while it opens the file: 20 MiB of them take 5 GB."""
+    size = [(278, 4, 1, 1)] if tag == 273 else [(322, 4, 1, 1), (323, 4, 1, 1)]
+    few = [*grey(1, 3), *size, (tag, 4, 3, struct.pack(order + "III", 8, 9, 10))]
+    assert outcome(tiff(few, bytes(3), order, big)) == "pixels"
+    for kind in (1, 4, 12):  # BYTE is what fits most; what Pillow ignores counts too
+        many = [*grey(1, 2), *size, (tag, kind, 1001, bytes(8 * 1001))]
+        with pytest.raises(ImageCorrupt, match=r"the TIFF has 1,001 (strips|tiles) .*the limit is 1,000"):
+            open_image(tiff(many, bytes(2), order, big))
+    tall = [*grey(1, 200_000), *size, (tag, 1, 200_000, bytes(200_000))]  # has so many rows, or claims to
+    with pytest.raises(ImageCorrupt, match=r"200,000 .*the limit is 100,000"):
+        open_image(tiff(tall, bytes(2), order, big))
+
+
+def test_a_tiff_of_many_rows_may_have_a_strip_for_each() -> None:
+    rows = struct.pack("<5000I", *range(200, 5200))
+    data = tiff([*grey(3, 5000), (278, 3, 1, 1), (273, 4, 5000, rows), (279, 3, 5000, 5000 * b"\3\0")], b"")
+    assert outcome(data) == "pixels"
+
+
+@pytest.mark.parametrize(("tag", "kind", "count"), [(282, 5, 5000), (258, 3, 5000), (339, 3, 5000), (700, 5, 5000)])
+def test_a_tiff_of_endless_values_is_refused_unread(tag: int, kind: int, count: int) -> None:
+    entries = [each for each in grey(2, 2) if each[0] != tag]
+    data = tiff(
+        [*entries, (278, 3, 1, 2), (273, 4, 1, 0), (279, 3, 1, 4), (tag, kind, count, bytes(8 * count))], bytes(4)
+    )
+    with pytest.raises(ImageCorrupt, match=f"5,000 values of tag {tag}; the limit is 1,000"):
+        open_image(data)
+
+
+@pytest.mark.parametrize("tag", [256, 257, 278, 322, 323])
+@pytest.mark.parametrize("again", [False, True], ids=["alone", "behind another"])
+def test_a_tiff_whose_sizes_are_of_types_that_pillow_ignores(tag: int, again: bool) -> None:
+    """libtiff reads an SLONG8, and would decode a tile of a size that nobody has checked."""
+    tile = zlib.compress(bytes(16 * 16))
+    sizes = [(322, 4, 1, 16), (323, 4, 1, 16), (324, 4, 1, 0), (325, 4, 1, len(tile))]
+    entries = [*grey(16, 16, 8), *sizes]
+    assert outcome(tiff(entries, tile)) == "pixels"
+    kept = entries if again else [entry for entry in entries if entry[0] != tag]
+    with pytest.raises(ImageCorrupt, match=rf"tag {tag}, a size, has 1 values of type 17; it takes .* SHORT or LONG"):
+        open_image(tiff([*kept, (tag, 17, 1, struct.pack("<q", 9000))], tile))
 
 
 def run_length_bmp(width: int, height: int) -> bytes:
