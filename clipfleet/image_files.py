@@ -157,4 +157,22 @@ def decoding_bytes(image: Image.Image) -> int:
         copies += 2
     elif image.mode not in ("RGB", "L", "1"):
         copies += 1  # converting and turning hold the original as well
-    return image.width * image.height * 4 * copies
+    return image.width * image.height * 4 * copies + (_segment_bytes(image) if image.format == "TIFF" else 0)
+
+
+def _segment_bytes(image: Image.Image) -> int:
+    """The strip or tile of a TIFF that libtiff decodes as a whole, beside the image."""
+    if not image.use_load_libtiff:  # type: ignore[attr-defined]  # a TiffImageFile; Pillow copies what is not compressed itself
+        return 0
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    width, length = _tag(image, ExifTags.Base.TileWidth), _tag(image, ExifTags.Base.TileLength)
+    if ExifTags.Base.TileWidth not in tags and ExifTags.Base.TileLength not in tags:
+        width, length = _tag(image, ExifTags.Base.ImageWidth), _tag(image, ExifTags.Base.ImageLength)
+        length = min(length, tags.get(ExifTags.Base.RowsPerStrip, length))
+    bits = tags.get(ExifTags.Base.BitsPerSample, (1,))
+    of_pixel = max(bits) * max(_tag(image, ExifTags.Base.SamplesPerPixel), len(bits))
+    if tags.get(ExifTags.Base.PhotometricInterpretation) == 6:  # YCbCr, which libtiff turns into RGBA
+        of_pixel = max(of_pixel, 24) + 32
+    if image.info.get("compression") == "webp":  # has a frame of its own
+        of_pixel *= 2
+    return width * length * of_pixel // 8

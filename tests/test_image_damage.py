@@ -24,7 +24,7 @@ from clipfleet.errors import (
 )
 from clipfleet.image_files import open_image, sniff
 from clipfleet.images import decode
-from tests.pictures import encode, picture
+from tests.pictures import TiffEntry, encode, picture, tiff
 from tests.reference import CLIP, spec_of
 
 SPEC = spec_of(CLIP)
@@ -247,28 +247,7 @@ def test_a_png_of_endless_chunks_is_refused_unread() -> None:
         decode(data[:33] + 20_000 * chunk + data[33:], SPEC)
 
 
-Entry = tuple[int, int, int, int | bytes]  # tag, type, count, and the value or the bytes that lie elsewhere
-
-
-def tiff(entries: list[Entry], pixels: bytes, order: str = "<", big: bool = False) -> bytes:
-    """A TIFF of these entries whose pixels lie behind its directory: an offset of None stands for their place."""
-    place, width = ("Q", 8) if big else ("I", 4)
-    head = {"<": b"II", ">": b"MM"}[order]
-    head += struct.pack(order + "HHHQ", 43, 8, 0, 16) if big else struct.pack(order + "HI", 42, 8)
-    head += struct.pack(order + ("Q" if big else "H"), len(entries))
-    end = len(head) + len(entries) * (20 if big else 12) + width
-    body = pixels
-    for tag, kind, count, value in entries:
-        if isinstance(value, bytes):
-            field, body = struct.pack(order + place, end + len(body)), body + value
-        else:
-            value = end if tag in (273, 324) else value
-            field = struct.pack(order + {1: "B", 3: "H", 4: "I", 16: "Q"}[kind], value).ljust(width, b"\0")
-        head += struct.pack(order + "HH" + place, tag, kind, count) + field
-    return head + bytes(width) + body
-
-
-def grey(width: int, height: int, compression: int = 1) -> list[Entry]:
+def grey(width: int, height: int, compression: int = 1) -> list[TiffEntry]:
     return [
         (256, 4, 1, width),
         (257, 4, 1, height),
