@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from clipfleet.avif_boxes import check_pictures
 from clipfleet.errors import (
     ClipfleetError,
     ImageCorrupt,
@@ -27,6 +28,7 @@ SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif",
 )  # fmt: skip
 _MEGA = 1_000_000
+_FRAME_PIXELS = "clipfleet_frame_pixels"  # of Image.info, where the file's pictures may be larger than the image
 _RLE_PIXELS = (
     4 * _MEGA
 )  # Pillow decodes these in Python, of all formats accepted here these alone: a second for so many
@@ -137,6 +139,8 @@ def open_image(data: bytes | bytearray | memoryview, limits: ImageLimits = DEFAU
             min(_RLE_PIXELS, limits.max_pixels),
             "the BMP is run-length encoded, which decodes slowly (save it uncompressed or as PNG): it",
         )
+    if kind == "AVIF":
+        image.info[_FRAME_PIXELS] = check_pictures(data, limits.max_pixels)
     if kind == "TIFF":  # Pillow decodes whole tiles, whatever the image's own size
         width, length = (_tag(image, tag) for tag in (ExifTags.Base.TileWidth, ExifTags.Base.TileLength))
         check_pixels(width, length, limits.max_pixels, "a tile of the TIFF")
@@ -157,7 +161,8 @@ def decoding_bytes(image: Image.Image) -> int:
         copies += 2
     elif image.mode not in ("RGB", "L", "1"):
         copies += 1  # converting and turning hold the original as well
-    return image.width * image.height * 4 * copies + (_segment_bytes(image) if image.format == "TIFF" else 0)
+    pixels = max(image.width * image.height, image.info.get(_FRAME_PIXELS, 0))
+    return pixels * 4 * copies + (_segment_bytes(image) if image.format == "TIFF" else 0)
 
 
 def _segment_bytes(image: Image.Image) -> int:
