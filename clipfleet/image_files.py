@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from clipfleet.avif_boxes import check_pictures
 from clipfleet.errors import (
     ClipfleetError,
     ImageCorrupt,
@@ -19,14 +20,18 @@ from clipfleet.errors import (
     ImageTooManyPixels,
     ImageUnreadable,
 )
+from clipfleet.image_parts import check_parts
 from clipfleet.resize import check_pixels
+from clipfleet.tiff_directory import check_directory
 
 SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif",
 )  # fmt: skip
 _MEGA = 1_000_000
-_JPEG_SCANS, _PNG_CHUNKS = 100, 10_000
-_SCAN = b"\xff\xda"
+_FRAME_PIXELS = "clipfleet_frame_pixels"  # of Image.info, where the file's pictures may be larger than the image
+_RLE_PIXELS = (
+    4 * _MEGA
+)  # Pillow decodes these in Python, of all formats accepted here these alone: a second for so many
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,10 @@ def open_image(data: bytes | bytearray | memoryview, limits: ImageLimits = DEFAU
     if kind is None or kind not in limits.formats:
         found = f"the image is {kind}" if kind else "the first bytes are no signature of an image format"
         raise ImageFormatUnsupported(f"{found}; accepted are {', '.join(limits.formats)}", format=kind)
-    _check_parts(data if isinstance(data, bytes) else bytes(data), kind)
+    data = data if isinstance(data, bytes) else bytes(data)
+    check_parts(data, kind)
+    if kind == "TIFF":
+        check_directory(data)
     try:
         image = Image.open(io.BytesIO(data), formats=[kind])
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -124,6 +132,15 @@ def open_image(data: bytes | bytearray | memoryview, limits: ImageLimits = DEFAU
     except Exception as error:  # Pillow's plugins raise whatever their parsing trips over
         raise ImageCorrupt(f"the {kind} header does not decode: {error}", format=kind) from error
     check_pixels(image.width, image.height, limits.max_pixels, "the image")
+    if any(codec == "bmp_rle" for codec, *_ in image.tile):  # type: ignore[attr-defined]  # an ImageFile
+        check_pixels(
+            image.width,
+            image.height,
+            min(_RLE_PIXELS, limits.max_pixels),
+            "the BMP is run-length encoded, which decodes slowly (save it uncompressed or as PNG): it",
+        )
+    if kind == "AVIF":
+        image.info[_FRAME_PIXELS] = check_pictures(data, limits.max_pixels)
     if kind == "TIFF":  # Pillow decodes whole tiles, whatever the image's own size
         width, length = (_tag(image, tag) for tag in (ExifTags.Base.TileWidth, ExifTags.Base.TileLength))
         check_pixels(width, length, limits.max_pixels, "a tile of the TIFF")
@@ -135,37 +152,6 @@ def _tag(image: Image.Image, tag: int) -> int:
     return value if isinstance(value, int) and value > 0 else 1
 
 
-def _check_parts(data: bytes, kind: str) -> None:
-    """Refuse files whose many small parts take a decoder far longer than their pixels would."""
-    if kind == "JPEG":
-        # A scan may touch every pixel: 95 bytes cost as much as the rest of the file. Encoders write about ten.
-        # The bytes that start one are found in thumbnails too, and in the films that phones append: counted closely if many.
-        if data.count(_SCAN) > _JPEG_SCANS and (scans := _count_scans(data)) > _JPEG_SCANS:
-            raise ImageCorrupt(f"the JPEG has {scans} scans; the limit is {_JPEG_SCANS}", format=kind)
-    elif kind == "PNG":
-        chunks, start = 0, 8
-        while start + 8 <= len(data):
-            chunks += data[start + 4 : start + 8] != b"IDAT"
-            if chunks > _PNG_CHUNKS:
-                raise ImageCorrupt(f"the PNG has more than {_PNG_CHUNKS:,} chunks beside its pixels", format=kind)
-            start += 12 + int.from_bytes(data[start : start + 4], "big")
-
-
-def _count_scans(data: bytes) -> int:
-    """Scans of a JPEG up to its end: what lies in other segments and behind the end is passed over (ITU T.81, annex B)."""
-    scans, position = 0, 2
-    while 0 <= (position := data.find(b"\xff", position)) < len(data) - 3:
-        marker = data[position + 1]
-        if marker == 0xD9:  # the end
-            break
-        if marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD8:  # these have no length; 00 is a pixel's byte
-            position += 1 if marker == 0xFF else 2
-            continue
-        scans += marker == _SCAN[1]
-        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    return scans
-
-
 def decoding_bytes(image: Image.Image) -> int:
     """Estimate the memory in bytes that decoding an opened image takes at its peak, before it is resized."""
     # Pillow keeps most modes at 4 bytes a pixel. Measured over that at 62 megapixels: Pillow's WebP and AVIF hold frames of
@@ -175,4 +161,23 @@ def decoding_bytes(image: Image.Image) -> int:
         copies += 2
     elif image.mode not in ("RGB", "L", "1"):
         copies += 1  # converting and turning hold the original as well
-    return image.width * image.height * 4 * copies
+    pixels = max(image.width * image.height, image.info.get(_FRAME_PIXELS, 0))
+    return pixels * 4 * copies + (_segment_bytes(image) if image.format == "TIFF" else 0)
+
+
+def _segment_bytes(image: Image.Image) -> int:
+    """The strip or tile of a TIFF that libtiff decodes as a whole, beside the image."""
+    if not image.use_load_libtiff:  # type: ignore[attr-defined]  # a TiffImageFile; Pillow copies what is not compressed itself
+        return 0
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    width, length = _tag(image, ExifTags.Base.TileWidth), _tag(image, ExifTags.Base.TileLength)
+    if ExifTags.Base.TileWidth not in tags and ExifTags.Base.TileLength not in tags:
+        width, length = _tag(image, ExifTags.Base.ImageWidth), _tag(image, ExifTags.Base.ImageLength)
+        length = min(length, tags.get(ExifTags.Base.RowsPerStrip, length))
+    bits = tags.get(ExifTags.Base.BitsPerSample, (1,))
+    of_pixel = max(bits) * max(_tag(image, ExifTags.Base.SamplesPerPixel), len(bits))
+    if tags.get(ExifTags.Base.PhotometricInterpretation) == 6:  # YCbCr, which libtiff turns into RGBA
+        of_pixel = max(of_pixel, 24) + 32
+    if image.info.get("compression") == "webp":  # has a frame of its own
+        of_pixel *= 2
+    return width * length * of_pixel // 8

@@ -28,6 +28,7 @@ from deployments.own_config import check_own_scaling
 if TYPE_CHECKING:
     from opentelemetry.context import Context
 
+_APART = 2  # images at once, each in a process of its own
 _MOST_BYTES_A_PIXEL = 20  # of decoding_bytes, over all formats and modes
 
 Pixels = np.ndarray | ClipfleetError  # one image's outcome: (H, W, 3) uint8, or what was wrong
@@ -82,7 +83,7 @@ class DecoderReplica:
         self._limits = image_limits(settings)
         self._budget = MemoryBudget(settings.limits.decoding_bytes)
         self._threads = ThreadPoolExecutor(threads.of_decoder(), "decode", threads.give_way)
-        self._apart = ThreadPoolExecutor(2, "decode-apart", threads.give_way)  # each with a process
+        self._apart = ThreadPoolExecutor(_APART, "decode-apart", threads.give_way)
         self._seconds = decode_seconds()
         memory.collect_rarely()
         memory.return_freed()
@@ -112,9 +113,12 @@ class DecoderReplica:
             return DeadlineExceeded("the deadline passed while the image waited to be decoded")
         began = time.monotonic()
         try:
-            with open_image(data, self._limits) as image, self._budget.hold(decoding_bytes(image)):
+            with (
+                open_image(data, self._limits) as image,
+                self._budget.hold(decoding_bytes(image), deadline - time.time()),
+            ):
                 return to_picture(image, self._spec, self._limits).pixels
-        except ImageError as error:
+        except (ImageError, DeadlineExceeded) as error:
             # Without where it comes from: those frames hold the image until Python's collector comes.
             error.__cause__ = error.__context__ = None
             return error.with_traceback(None)
@@ -133,11 +137,11 @@ class DecoderReplica:
 
     def _decode_in(self, child: DecodeProcess, image: bytes, deadline: float) -> Pixels:
         pixels = np.empty((*self._spec.size, 3), np.uint8)
-        # Half of the budget, so that images which may hang leave the other half to the rest: opening one to learn its size may
-        # be what ends a process.
-        half = min(self._limits.max_pixels * _MOST_BYTES_A_PIXEL, self._budget.limit // 2)
+        # Together at most half of the budget, so that images which may hang leave the other half to the rest: opening one to
+        # learn its size may be what ends a process.
+        share = min(self._limits.max_pixels * _MOST_BYTES_A_PIXEL, self._budget.limit // (2 * _APART))
         try:
-            with self._budget.hold(half, deadline - time.time()):
+            with self._budget.hold(share, deadline - time.time()):
                 left = deadline - time.time()
                 # One try: with the replica that died it is the second.
                 reply = child.decode_into(image, pixels, timeout_s=left, tries=1) if left > 0 else None

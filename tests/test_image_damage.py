@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import random
 import struct
@@ -23,9 +22,9 @@ from clipfleet.errors import (
     ImageTooManyPixels,
     ImageUnreadable,
 )
-from clipfleet.image_files import sniff
+from clipfleet.image_files import open_image, sniff
 from clipfleet.images import decode
-from tests.pictures import encode, picture
+from tests.pictures import TiffEntry, encode, picture, tiff
 from tests.reference import CLIP, spec_of
 
 SPEC = spec_of(CLIP)
@@ -208,6 +207,38 @@ def test_what_phones_and_cameras_add_to_a_jpeg_does_not_count() -> None:
     assert np.array_equal(decode(with_both, SPEC).pixels, decode(data, SPEC).pixels)
 
 
+@pytest.mark.parametrize(
+    ("part", "times", "message"),
+    [
+        (
+            b"\xff\xe1\0\x08Exif\0\0",
+            10_000,
+            "more than 500 segments before its pixels",
+        ),  # Pillow joins these: quadratic
+        (b"\xff\xe5\0\x02", 10_000, "more than 500 segments before its pixels"),
+        (b"\xff\xfe\0\0", 10_000, "more than 500 segments before its pixels"),  # the least length, and one below it
+        (b"\xff\xdb\0\1", 10_000, "more than 500 segments before its pixels"),
+        (b"\xff", 200_000, "more than 100,000 bytes of tables and fill"),
+        (b"\xff\0", 100_000, "more than 100,000 bytes of tables and fill"),
+        (b"\xff\xd0", 100_000, "more than 100,000 bytes of tables and fill"),
+        (b"\xff\xf0", 100_000, "more than 100,000 bytes of tables and fill"),
+        (b"\xff\xdb" + struct.pack(">H", 65_002) + 1000 * bytes(65), 2, "more than 100,000 bytes of tables and fill"),
+    ],
+)
+def test_a_jpeg_of_endless_segments_is_refused_unread(part: bytes, times: int, message: str) -> None:
+    """Pillow takes a step of Python for each: 20 MiB of them would take minutes."""
+    data = encode(picture("RGB", 60, 40), "JPEG")
+    with pytest.raises(ImageCorrupt, match=message):
+        open_image(data[:2] + times * part + data[2:])
+
+
+def test_a_jpeg_may_have_much_metadata_and_some_fill() -> None:
+    data = encode(picture("RGB", 60, 40), "JPEG", icc_profile=255 * bytes(65519), comment=b"words")
+    assert data.count(b"ICC_PROFILE") == 255
+    xmp = b"\xff\xe1\0\x12" + b"http://ns.adobe."
+    assert outcome(data[:2] + 100 * xmp + 1000 * b"\xff" + data[2:]) == "pixels"
+
+
 def test_a_png_of_endless_chunks_is_refused_unread() -> None:
     data = encode(picture("RGB", 30, 20), "PNG")
     chunk = struct.pack(">I", 0) + b"teSt" + struct.pack(">I", zlib.crc32(b"teSt"))
@@ -216,17 +247,83 @@ def test_a_png_of_endless_chunks_is_refused_unread() -> None:
         decode(data[:33] + 20_000 * chunk + data[33:], SPEC)
 
 
+def grey(width: int, height: int, compression: int = 1) -> list[TiffEntry]:
+    return [
+        (256, 4, 1, width),
+        (257, 4, 1, height),
+        (258, 3, 1, 8),
+        (259, 3, 1, compression),
+        (262, 3, 1, 1),
+        (277, 3, 1, 1),
+    ]
+
+
 def test_a_tiff_whose_tile_is_larger_than_the_image() -> None:
-    file = io.BytesIO()
     tile = zlib.compress(bytes(16384 * 16384))
-    entries = [(256, 4, 100), (257, 4, 100), (258, 3, 8), (259, 3, 8), (262, 3, 1), (277, 3, 1),
-               (322, 4, 16384), (323, 4, 16384), (324, 4, 8 + 2 + 10 * 12 + 4), (325, 4, len(tile))]  # fmt: skip
-    file.write(struct.pack("<2sHIH", b"II", 42, 8, len(entries)))
-    for tag, kind, value in entries:
-        file.write(struct.pack("<HHII", tag, kind, 1, value))
-    file.write(struct.pack("<I", 0) + tile)
+    entries = [*grey(100, 100, 8), (322, 4, 1, 16384), (323, 4, 1, 16384), (324, 4, 1, 0), (325, 4, 1, len(tile))]
     with pytest.raises(ImageTooManyPixels, match="a tile of the TIFF has 16384 x 16384"):
-        decode(file.getvalue(), SPEC)
+        decode(tiff(entries, tile), SPEC)
+
+
+@pytest.mark.parametrize(("order", "big"), [("<", False), (">", False), ("<", True)])
+@pytest.mark.parametrize("tag", [273, 324])
+def test_a_tiff_of_endless_parts_is_refused_unread(order: str, big: bool, tag: int) -> None:
+    """Pillow makes an object of each strip and tile while it opens the file: 20 MiB of them take 5 GB."""
+    size = [(278, 4, 1, 1)] if tag == 273 else [(322, 4, 1, 1), (323, 4, 1, 1)]
+    few = [*grey(1, 3), *size, (tag, 4, 3, struct.pack(order + "III", 8, 9, 10))]
+    assert outcome(tiff(few, bytes(3), order, big)) == "pixels"
+    for kind in (1, 4, 12):  # BYTE is what fits most; what Pillow ignores counts too
+        many = [*grey(1, 2), *size, (tag, kind, 1001, bytes(8 * 1001))]
+        with pytest.raises(ImageCorrupt, match=r"the TIFF has 1,001 (strips|tiles) .*the limit is 1,000"):
+            open_image(tiff(many, bytes(2), order, big))
+    tall = [*grey(1, 200_000), *size, (tag, 1, 200_000, bytes(200_000))]  # has so many rows, or claims to
+    with pytest.raises(ImageCorrupt, match=r"200,000 .*the limit is 100,000"):
+        open_image(tiff(tall, bytes(2), order, big))
+
+
+def test_a_tiff_of_many_rows_may_have_a_strip_for_each() -> None:
+    rows = struct.pack("<5000I", *range(200, 5200))
+    data = tiff([*grey(3, 5000), (278, 3, 1, 1), (273, 4, 5000, rows), (279, 3, 5000, 5000 * b"\3\0")], b"")
+    assert outcome(data) == "pixels"
+
+
+@pytest.mark.parametrize(("tag", "kind", "count"), [(282, 5, 5000), (258, 3, 5000), (339, 3, 5000), (700, 5, 5000)])
+def test_a_tiff_of_endless_values_is_refused_unread(tag: int, kind: int, count: int) -> None:
+    entries = [each for each in grey(2, 2) if each[0] != tag]
+    data = tiff(
+        [*entries, (278, 3, 1, 2), (273, 4, 1, 0), (279, 3, 1, 4), (tag, kind, count, bytes(8 * count))], bytes(4)
+    )
+    with pytest.raises(ImageCorrupt, match=f"5,000 values of tag {tag}; the limit is 1,000"):
+        open_image(data)
+
+
+@pytest.mark.parametrize("tag", [256, 257, 278, 322, 323])
+@pytest.mark.parametrize("again", [False, True], ids=["alone", "behind another"])
+def test_a_tiff_whose_sizes_are_of_types_that_pillow_ignores(tag: int, again: bool) -> None:
+    """libtiff reads an SLONG8, and would decode a tile of a size that nobody has checked."""
+    tile = zlib.compress(bytes(16 * 16))
+    sizes = [(322, 4, 1, 16), (323, 4, 1, 16), (324, 4, 1, 0), (325, 4, 1, len(tile))]
+    entries = [*grey(16, 16, 8), *sizes]
+    assert outcome(tiff(entries, tile)) == "pixels"
+    kept = entries if again else [entry for entry in entries if entry[0] != tag]
+    with pytest.raises(ImageCorrupt, match=rf"tag {tag}, a size, has 1 values of type 17; it takes .* SHORT or LONG"):
+        open_image(tiff([*kept, (tag, 17, 1, struct.pack("<q", 9000))], tile))
+
+
+def run_length_bmp(width: int, height: int) -> bytes:
+    """One red pixel a row, then its end: the file has 4 bytes a row."""
+    palette, rows = 256 * b"\0\0\xff\0", height * b"\1\1\0\0"
+    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, len(rows), 0, 0, 0, 0)
+    start = 14 + len(header) + len(palette)
+    return b"BM" + struct.pack("<IHHI", start + len(rows), 0, 0, start) + header + palette + rows
+
+
+def test_a_large_bmp_of_runs_is_refused_undecoded() -> None:
+    """Pillow decodes runs in Python: 33 kB keep a core for seconds."""
+    assert outcome(run_length_bmp(1000, 800)) == "pixels"
+    assert outcome(encode(Image.new("P", (2500, 2000)), "BMP")) == "pixels"
+    with pytest.raises(ImageTooManyPixels, match=r"run-length encoded.* 8000 x 8000 .* the limit is 4,000,000"):
+        open_image(run_length_bmp(8000, 8000))
 
 
 @pytest.mark.parametrize("brands", [b"heic\0\0\0\0mif1heic", b"mif1\0\0\0\0mif1heicmiaf", b"isom\0\0\0\0mp42"])

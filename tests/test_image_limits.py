@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 from pathlib import Path
@@ -19,7 +22,7 @@ from clipfleet.errors import (
 )
 from clipfleet.image_files import ImageLimits, decoding_bytes, open_image, read_file
 from clipfleet.images import decode
-from tests.pictures import encode, picture
+from tests.pictures import TiffEntry, encode, picture, tiff
 from tests.reference import CLIP, spec_of
 
 SPEC = spec_of(CLIP)
@@ -128,6 +131,58 @@ def test_a_format_can_be_switched_off() -> None:
 def test_the_estimate_of_decoding_covers_the_pixels(mode: str) -> None:
     image = Image.new(mode, (100, 50))
     assert decoding_bytes(image) >= len(image.tobytes())
+
+
+def compressed_tiff(width: int, height: int, samples: int, *, tile: int = 0, rows: int = 0) -> bytes:
+    """A black TIFF of 16 bits in one tile of `tile` x `tile`, or in strips of `rows`."""
+    data = zlib.compress(bytes((tile * tile if tile else width * rows) * samples * 2), 1)
+    entries: list[TiffEntry] = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, samples, samples * b"\x10\0")]
+    entries += [(259, 3, 1, 8), (262, 3, 1, 2), (277, 3, 1, samples), *([(338, 3, 1, 2)] if samples == 4 else [])]
+    if tile:
+        entries += [(322, 4, 1, tile), (323, 4, 1, tile), (324, 4, 1, 0), (325, 4, 1, len(data))]
+    else:
+        strips = -(-height // rows)  # of which only the first is there
+        counts = struct.pack("<I", len(data)) * strips
+        entries += [(278, 4, 1, rows), (273, 4, 1, 0), (279, 4, strips, counts if strips > 1 else len(data))]
+    return tiff(entries, data)
+
+
+def test_the_estimate_of_decoding_covers_the_strip_or_tile_that_libtiff_holds() -> None:
+    strips = [compressed_tiff(2000, 2000, 3, rows=rows) for rows in (2000, 10)]
+    tile = compressed_tiff(16, 16, 4, tile=2000)
+    whole, in_strips, in_tile = (decoding_bytes(open_image(data)) for data in (*strips, tile))
+    assert whole >= 2000 * 2000 * (4 + 6)
+    assert 2000 * 2000 * 4 <= in_strips <= 2000 * 2010 * 5
+    assert in_tile >= 2000 * 2000 * 8
+    assert decoding_bytes(open_image(encode(picture("RGB", 100, 50), "TIFF"))) == 100 * 50 * 4
+
+
+_PEAK = """
+import sys
+from pathlib import Path
+from clipfleet.image_files import decoding_bytes, open_image
+
+def peak():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+image = open_image(Path(sys.argv[1]).read_bytes())
+estimate, before = decoding_bytes(image), peak()
+image.load()
+print(peak() - before, estimate)
+"""
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="what is measured is Linux'")
+@pytest.mark.parametrize(
+    "data", [compressed_tiff(2500, 2500, 3, rows=2500), compressed_tiff(16, 16, 4, tile=2500)], ids=["strip", "tile"]
+)
+def test_a_tiff_takes_no_more_memory_than_estimated(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "one.tif"
+    path.write_bytes(data)
+    done = subprocess.run([sys.executable, "-c", _PEAK, path], capture_output=True, text=True, check=True)
+    taken, estimate = map(int, done.stdout.split())
+    assert taken > 30_000_000, "this test shows nothing"
+    assert taken < 1.1 * estimate + 5_000_000
 
 
 def test_opening_decodes_nothing() -> None:

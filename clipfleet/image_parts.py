@@ -1,0 +1,84 @@
+"""Refuses image files whose many small parts take a decoder far longer than their pixels would."""
+
+from __future__ import annotations
+
+from clipfleet.errors import ImageCorrupt
+
+_JPEG_SCANS, _JPEG_SEGMENTS, _JPEG_FILL = 100, 500, 100_000
+_PNG_CHUNKS = 10_000
+_SCAN = b"\xff\xda"
+
+
+def check_parts(data: bytes, kind: str) -> None:
+    """Raises ImageCorrupt. Costs microseconds for what encoders write."""
+    if kind == "JPEG":
+        _check_segments(data)
+        # A scan may touch every pixel: 95 bytes cost as much as the rest of the file. Encoders write about ten.
+        # The bytes that start one are found in thumbnails too, and in the films that phones append: counted closely if many.
+        if data.count(_SCAN) > _JPEG_SCANS and (scans := _count_scans(data)) > _JPEG_SCANS:
+            raise ImageCorrupt(f"the JPEG has {scans} scans; the limit is {_JPEG_SCANS}", format=kind)
+    elif kind == "PNG":
+        _check_chunks(data)
+
+
+def _check_segments(data: bytes) -> None:
+    """Count what Pillow reads in Python up to the first scan: segments, and bytes of tables and of no segment.
+
+    Cameras write a dozen segments; a film's worth of depth or a large ICC profile may take 300 of 64 KiB each.
+    """
+    segments, fill, position = 0, 0, 2
+    while True:
+        start = data.find(b"\xff", position)
+        if start < 0 or start + 4 > len(data):
+            return
+        fill += start - position
+        marker = data[start + 1]
+        if marker == 0xFF:
+            fill, position = fill + 1, start + 1
+        elif marker == 0x00 or marker == 0xC8 or 0xD0 <= marker <= 0xD9 or 0xF0 <= marker <= 0xFD:  # have no length
+            fill, position = fill + 2, start + 2
+        elif marker == _SCAN[1]:
+            return
+        else:
+            segments += 1
+            length = max(2, int.from_bytes(data[start + 2 : start + 4], "big"))
+            position = start + 2 + length
+            if 0xC0 <= marker <= 0xCF or marker in (
+                0xDB,
+                0xDE,
+            ):  # tables and frame headers, of which every byte is read
+                fill += length
+        if segments > _JPEG_SEGMENTS:
+            raise ImageCorrupt(
+                f"the JPEG has more than {_JPEG_SEGMENTS} segments before its pixels; save it anew without them",
+                format="JPEG",
+            )
+        if fill > _JPEG_FILL:
+            raise ImageCorrupt(
+                f"the JPEG has more than {_JPEG_FILL:,} bytes of tables and fill before its pixels; save it anew",
+                format="JPEG",
+            )
+
+
+def _count_scans(data: bytes) -> int:
+    """Scans of a JPEG up to its end: what lies in other segments and behind the end is passed over (ITU T.81, annex B)."""
+    scans, position = 0, 2
+    while 0 <= (position := data.find(b"\xff", position)) < len(data) - 3:
+        marker = data[position + 1]
+        if marker == 0xD9:  # the end
+            break
+        if marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD8:  # these have no length; 00 is a pixel's byte
+            position += 1 if marker == 0xFF else 2
+            continue
+        scans += marker == _SCAN[1]
+        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    return scans
+
+
+def _check_chunks(data: bytes) -> None:
+    chunks, start = 0, 8
+    while start + 8 <= len(data):
+        chunks += data[start + 4 : start + 8] != b"IDAT"
+        if chunks > _PNG_CHUNKS:
+            raise ImageCorrupt(f"the PNG has more than {_PNG_CHUNKS:,} chunks beside its pixels", format="PNG")
+        start += 12 + int.from_bytes(data[start : start + 4], "big")
