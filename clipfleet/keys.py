@@ -19,6 +19,7 @@ from pathlib import Path
 from clipfleet.errors import SettingsError
 
 PREFIX = "cf_"
+_HASHED = "sha256:"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _HASH = re.compile(r"[0-9a-f]{64}")
 _IN_A_HEADER = re.compile(r"[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?")
@@ -41,6 +42,12 @@ def authorization(key: str | None) -> dict[str, str]:
 def digest(key: str) -> str:
     """What stands for a key, in hex."""
     return hashlib.sha256(key.encode()).hexdigest()
+
+
+def hashed(key: str) -> str:
+    """What a service keeps of a fixed key; of what it has kept already, the same."""
+    kept = key.startswith(_HASHED) and _HASH.fullmatch(key.removeprefix(_HASHED))
+    return key if kept else _HASHED + digest(key)
 
 
 def read_keys(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -126,7 +133,7 @@ class KeyRing:
     """The keys that a service accepts: fixed ones, and those of a file, which is read again when it changes."""
 
     def __init__(self, keys: tuple[str, ...], file: str | None) -> None:
-        self._fixed = {f"key {number}": digest(key) for number, key in enumerate(keys, 1)}
+        self._fixed = {f"key {number}": hashed(key).removeprefix(_HASHED) for number, key in enumerate(keys, 1)}
         self._file = file
         self._seen: tuple[int, int, int] | None = None
         self._from_file: dict[str, str] = {}

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from clipfleet.engines import Engine, Precision, check_engine
 from clipfleet.errors import SettingsError
-from clipfleet.keys import fits_a_header, read_keys
+from clipfleet.keys import fits_a_header, hashed, read_keys
 from clipfleet.qdrant import place_of
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
@@ -118,7 +118,7 @@ class SearchSettings(Settings):
     collection: str = "images"
     """The collection's name."""
     qdrant_api_key: Annotated[str | None, Field(repr=False)] = None
-    """The server's key. With null it is the variable `QDRANT_API_KEY`, if that is set."""
+    """The server's key. With null it is the variable `QDRANT_API_KEY`, if that is set, which keeps it out of Serve's log."""
     templates: Annotated[tuple[str, ...], Field(min_length=1, max_length=100)] = ("{}",)
     """A text is searched for by the mean of these, such as `["{}", "a photo of a {}"]`, with the text for `{}`."""
 
@@ -166,7 +166,8 @@ class ServiceSettings(Settings):
     """The collection that `/v1/search` searches; null for none."""
     api_keys: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Keys of which clients must send one; the variable `CLIPFLEET_API_KEYS` (comma-separated) adds to them. Without any, and
-    without a file of them, the service asks for none."""
+    without a file of them, the service asks for none. Serve writes arguments into
+    its log: `clipfleet serve` gives it hashes of them, `serve run` and `serve deploy` what the file has."""
     api_keys_file: str | None = None
     """A file of [named keys](configuration.md#args). With null it is the variable `CLIPFLEET_API_KEYS_FILE`, if that is set."""
     cors_origins: tuple[str, ...] = ()
@@ -273,7 +274,11 @@ def service_settings(args: dict[str, Any]) -> ServiceSettings:
         file = str(Path(file).expanduser().absolute())  # replicas have another working directory
         read_keys(file)  # a mistake shows at once
     return settings.model_copy(
-        update={"api_keys": (*settings.api_keys, *keys), "api_keys_file": file, "search": _located(settings.search)}
+        update={
+            "api_keys": tuple(map(hashed, (*settings.api_keys, *keys))),  # Serve keeps what replicas are made with
+            "api_keys_file": file,
+            "search": _located(settings.search),
+        }
     )
 
 

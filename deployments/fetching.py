@@ -18,6 +18,7 @@ from urllib.parse import quote, urljoin, urlsplit
 
 import httpcore
 from httpcore import AsyncNetworkStream
+from loguru import logger
 
 from clipfleet.errors import DeadlineExceeded, ImageNotFetched, ImageTooManyBytes, ImageUrlForbidden, Overloaded
 from clipfleet.settings import UrlSettings
@@ -26,6 +27,7 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _COMPATIBLE = ipaddress.ip_network("::/96")  # IPv4 in IPv6, as it once was
+_AZURE = ipaddress.ip_address("168.63.129.16")
 _REDIRECTS = (301, 302, 303, 307, 308)
 _LONGEST = 2048  # characters of an address
 _KEPT = "/%:@!$&'()*+,;=~-._"  # of a path: what is quoted already stays as it is
@@ -35,13 +37,16 @@ _HEADERS = [(b"Accept", b"image/*"), (b"Accept-Encoding", b"identity"), (b"User-
 def is_public(address: Address) -> bool:
     """Whether an address is one of the internet's: none of this machine, of a private network, of a link or of a group.
 
-    An IPv6 address that carries an IPv4 one is as public as that.
+    An IPv6 address that carries an IPv4 one is as public as that. One that looks public is of Azure's hosts, and answers their
+    guests alone, with secrets of theirs (https://learn.microsoft.com/azure/virtual-network/what-is-ip-address-168-63-129-16).
     """
     if isinstance(address, ipaddress.IPv6Address):
         if carried := _carried(address):
             return is_public(carried)
         if address in ipaddress.ip_network("2001::/23") or address.is_site_local:
             return False
+    if address == _AZURE:
+        return False
     return address.is_global and not (address.is_multicast or address.is_reserved or address.is_unspecified)
 
 
@@ -72,7 +77,9 @@ class CheckedNetwork(httpcore.AsyncNetworkBackend):
         addresses = await self._resolve(host, port)
         checked = [address for address in addresses if self._may(address)]
         if not checked:
-            raise ImageUrlForbidden(f"{host!r} is at {addresses[0]}, which is no public address")
+            # Which one it is would tell a caller about a network that it cannot see.
+            logger.info("an image's address was refused: {!r} is at {}", host, addresses[0])
+            raise ImageUrlForbidden(f"{host!r} has no public address")
         return await self._network.connect_tcp(str(checked[0]), port, timeout, local_address, socket_options)
 
     async def _resolve(self, host: str, port: int) -> list[Address]:

@@ -6,9 +6,11 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartParser, parse_options_header
+from python_multipart.multipart import MultipartParser, MultipartState, parse_options_header
 
 from clipfleet.errors import InvalidRequest, TooManyItems
+
+_PADDING = 1000  # bytes of spaces behind a boundary, beside those that came in one piece with it
 
 
 async def read_files(content_type: str, stream: AsyncIterator[bytes], most: int) -> list[bytes]:
@@ -19,8 +21,15 @@ async def read_files(content_type: str, stream: AsyncIterator[bytes], most: int)
     parts = _Parts(most)
     try:
         parser = MultipartParser(boundary, parts.callbacks())
+        padding = 0
         async for chunk in stream:
+            was_padding = parser.state == MultipartState.BOUNDARY_PADDING
             parser.write(chunk)
+            # The parser takes each byte between a boundary and its line's end for a step of Python, without a limit.
+            still = was_padding and parser.state == MultipartState.BOUNDARY_PADDING
+            padding = padding + len(chunk) if still else 0
+            if padding > _PADDING:
+                raise InvalidRequest("the multipart body is malformed: a boundary's line does not end")
     except FormParserError as error:
         raise InvalidRequest(f"the multipart body is malformed: {error}") from None
     if not parts.ended:

@@ -209,14 +209,15 @@ class SearchRoute:
     def _inputs(self, parts: Sequence[WeightedItem], templates: Sequence[str]) -> list[list[Input | ImageUrl]]:
         """What has to be embedded for each part: its image, or its text in each template; nothing for a row."""
         limits, urls = self._requests.limits, self._requests.urls
-        items = [
-            [ImageItem(image=part.image)]
-            if part.image is not None
-            else [TextItem(text=template.replace("{}", part.text) if part.text else "") for template in templates]
-            if part.text is not None
-            else []
-            for part in parts
+        items: list[list[ImageItem | TextItem]] = [
+            [ImageItem(image=part.image)] if part.image is not None else [] for part in parts
         ]
+        for own, part in zip(items, parts, strict=True):
+            if part.image is None and part.text is not None:
+                # One without a template where it gets an error: templates would multiply what is too long.
+                fits = 0 < len(part.text) <= limits.text_characters
+                texts = [template.replace("{}", part.text) for template in templates] if fits else [part.text]
+                own += [TextItem(text=text) for text in texts]
         flat = [item for part in items for item in part]
         read = iter(read_items(flat, "text", limits, "query", urls=urls) if flat else [])
         return [[next(read) for _ in part] for part in items]

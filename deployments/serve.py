@@ -19,7 +19,7 @@ from clipfleet.checkpoint import EMBEDDED, find_checkpoint
 from clipfleet.config_file import APPLICATION, check_config
 from clipfleet.errors import ClipfleetError, SettingsError, SetupError
 from clipfleet.fingerprint import fingerprint
-from clipfleet.keys import KeyRing
+from clipfleet.keys import KeyRing, hashed
 from clipfleet.qdrant import Collection, check_collection
 from clipfleet.settings import ServiceSettings, service_settings
 from deployments import signals
@@ -95,12 +95,21 @@ def _prepared(
         arguments["search"] = {**(arguments.get("search") or {}), **search}
         check_config(config, "with --index")  # with the ingress replicas
     settings = service_settings(arguments)
-    if public and not KeyRing(settings.api_keys, settings.api_keys_file).asks:
+    remote = os.environ.get("RAY_ADDRESS")
+    if remote:  # whose processes have variables of their own
+        asks = bool(arguments.get("api_keys") or arguments.get("api_keys_file"))
+        way = "name FILE in the config file as args.api_keys_file, by a path that each node of the cluster has"
+    else:
+        asks = KeyRing(settings.api_keys, settings.api_keys_file).asks
+        way = "set CLIPFLEET_API_KEYS_FILE=FILE"
+    if public and not asks:
         raise SettingsError(
             f"{public} can be reached from other machines, and no API keys are set. Make one with `clipfleet keys add NAME "
-            "--file FILE` and set CLIPFLEET_API_KEYS_FILE=FILE, or say --open to serve whoever comes"
+            f"--file FILE` and {way}, or say --open to serve whoever comes"
         )
-    if not os.environ.get("RAY_ADDRESS"):  # a remote cluster finds checkpoints for itself
+    if "api_keys" in arguments:  # Serve writes the arguments into its log
+        arguments["api_keys"] = list(map(hashed, arguments["api_keys"] or ()))
+    if not remote:  # a remote cluster finds checkpoints for itself
         arguments.update(_pinned(settings))
         if settings.search is not None:
             arguments["search"] = {**arguments["search"], "qdrant": settings.search.qdrant}  # absolute

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from clipfleet.errors import SettingsError
-from clipfleet.keys import KeyRing, add_key, digest, read_keys, revoke_key
+from clipfleet.keys import KeyRing, add_key, digest, hashed, read_keys, revoke_key
 from clipfleet.settings import service_settings
 
 
@@ -23,6 +23,17 @@ def test_a_key_is_known_by_its_hash_alone(tmp_path: Path) -> None:
     assert file.stat().st_mode & 0o077 == 0  # its owner's alone
     ring = KeyRing((), str(file))
     assert (ring.name_of(first), ring.name_of(second), ring.name_of("")) == ("search-page", "importer", None)
+
+
+def test_settings_keep_hashes_of_fixed_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLIPFLEET_API_KEYS", "from-the-shell")
+    settings = service_settings({"model": "tiny", "api_keys": ["from-the-config"]})
+    assert settings.api_keys == (hashed("from-the-config"), hashed("from-the-shell"))
+    assert not any("from-the" in key for key in settings.api_keys)
+    again = service_settings({"model": "tiny", "api_keys": list(settings.api_keys)})
+    ring = KeyRing(again.api_keys, None)
+    assert ring.name_of("from-the-config") == "key 1" and ring.name_of("from-the-shell") is not None
+    assert ring.name_of(settings.api_keys[0]) is None, "what is kept lets nobody in"
 
 
 def test_a_revoked_key_is_gone(tmp_path: Path) -> None:

@@ -167,7 +167,7 @@ def test_a_name_that_changes_its_address_after_the_check(listener: Listener, mon
         monkeypatch.setattr(socket, "getaddrinfo", changing)
         address = f"http://changing.example:{listener.port}/image"
         assert fetch(address, listener.port, allowed=("127.0.0.1/32",)) == IMAGE  # resolved once, connected to that
-        with pytest.raises(ImageUrlForbidden, match=r"127\.0\.0\.9"):
+        with pytest.raises(ImageUrlForbidden, match="has no public address"):
             fetch(address, listener.port, allowed=("127.0.0.1/32",))
         assert (listener.connections, inner.connections) == (1, 0)
 
@@ -175,6 +175,17 @@ def test_a_name_that_changes_its_address_after_the_check(listener: Listener, mon
 @pytest.mark.parametrize("address", ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::8.8.8.8"])
 def test_addresses_of_the_internet_are_public(address: str) -> None:
     assert is_public(ip_address(address))
+
+
+@pytest.mark.parametrize("address", ["168.63.129.16", "::ffff:168.63.129.16", "64:ff9b::168.63.129.16"])
+def test_the_host_of_a_virtual_machine_is_not_public(address: str) -> None:
+    assert not is_public(ip_address(address))
+
+
+def test_a_refusal_does_not_say_where_a_name_leads(listener: Listener) -> None:
+    with pytest.raises(ImageUrlForbidden) as refused:
+        fetch(f"http://localhost:{listener.port}/image", listener.port)
+    assert "localhost" in str(refused.value) and "127" not in str(refused.value) and "::1" not in str(refused.value)
 
 
 def test_slow_servers_of_one_key_do_not_stop_another(listener: Listener) -> None:

@@ -347,6 +347,7 @@ END = b"--cut--\r\n"
         ("a header's name of 16 MiB", part('filename="a"', b"x", "y" * 16 * MIB + ": 1") + END, 400, "invalid_request"),
         ("100,000 headers", part('filename="a"', b"x", *repeat("X: y", 10**5)) + END, 400, "invalid_request"),
         ("headers without an end", b"--cut\r\nX: y\r\n" + b"X: y\r\n" * 10**5, 400, "invalid_request"),
+        ("a boundary and 16 MiB of spaces", part() + b"--cut" + b" " * 16 * MIB, 400, "invalid_request"),
         ("another boundary", b"--other\r\n\r\n--other--\r\n", 400, "invalid_request"),
         (
             "a multipart body in a part",

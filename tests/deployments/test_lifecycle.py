@@ -59,6 +59,11 @@ def test_a_public_address_without_keys(host: str) -> None:
     assert host in line and "clipfleet keys add" in line and "--open" in line
 
 
+def test_keys_of_the_shell_do_not_reach_a_cluster() -> None:
+    line = refused("demo", "--host", "0.0.0.0", RAY_ADDRESS="127.0.0.1:9", CLIPFLEET_API_KEYS="of-the-shell")
+    assert "0.0.0.0" in line and "args.api_keys_file" in line and "--open" in line
+
+
 def test_settings_that_contradict_each_other(tmp_path: Path) -> None:
     line = refused(changed(tmp_path, max_ongoing_requests=16, user_config={"max_batch_size": 32}))
     assert "max_ongoing_requests 16" in line and "max_batch_size 32" in line

@@ -7,6 +7,7 @@ import io
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -15,7 +16,11 @@ import pytest
 import yaml
 from PIL import Image
 
+from clipfleet.errors import InvalidRequest
 from clipfleet.qdrant import THUMBNAIL
+from clipfleet.settings import LimitSettings
+from deployments.schemas import WeightedItem
+from deployments.search import SearchRoute
 from tests.deployments.broken import BROKEN
 from tests.deployments.service import ROOT, Service
 from tests.library import Library
@@ -97,6 +102,14 @@ def test_thumbnails_when_asked_for(http: httpx.Client) -> None:
     assert THUMBNAIL not in search(http, "a ring")[0]["payload"]
     shown = search(http, "a ring", thumbnails=True)[0]["payload"][THUMBNAIL]
     assert Image.open(io.BytesIO(base64.b64decode(shown))).format == "JPEG"
+
+
+def test_templates_do_not_multiply_a_text_that_is_too_long() -> None:
+    requests: Any = SimpleNamespace(limits=LimitSettings(), urls=False)
+    parts = [WeightedItem(text="a" * 10**6), WeightedItem(text="a ring")]
+    long, short = SearchRoute(requests, None)._inputs(parts, ["a photo of {}"] * 100)
+    assert len(long) == 1 and isinstance(long[0], InvalidRequest) and "1,000,000 characters" in str(long[0])
+    assert short == ["a photo of a ring"] * 100
 
 
 @pytest.mark.parametrize(

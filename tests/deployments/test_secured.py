@@ -29,6 +29,7 @@ from tests.library import Library
 from tests.pictures import encode, picture
 
 PER_KEY, IN_ALL = 8, 12
+IN_THE_CONFIG = "a key that stands in the config"
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,7 @@ def keyed(keys_file: Path, keys: dict[str, str]) -> Iterator[Service]:
     application = config["applications"][0]
     application["args"] |= {
         "api_keys_file": str(keys_file),
+        "api_keys": [IN_THE_CONFIG],
         "limits": {"inflight_items": IN_ALL, "inflight_items_per_key": PER_KEY},
     }
     ingress, decoder, *encoders = application["deployments"]
@@ -116,6 +118,7 @@ def test_who_is_let_in(keyed: Service, keys: dict[str, str], keys_file: Path) ->
 
     assert [status(None), status("nobody's"), status(f"{keys['shop']}x")] == [401, 401, 401]
     assert [status(keys["shop"]), status(keys["importer"]), status(keys["old"])] == [200, 200, 200]
+    assert status(IN_THE_CONFIG) == 200
     open_paths = ("/healthz", "/readyz", "/health", "/.well-known/live", "/.well-known/ready")
     assert [status(None, path) for path in open_paths] == [200, 200, 200, 204, 204]
     assert [status(None, path) for path in ("/docs", "/openapi.json", "/models", "/meta", "/v1/stats")] == [401] * 5
@@ -243,11 +246,12 @@ def test_a_second_node_that_dies_fails_no_request(
 
 def test_no_key_is_written_anywhere(keyed: Service, keys: dict[str, str]) -> None:
     """When all the others have used them."""
+    every = [*keys.values(), IN_THE_CONFIG]
     written = [file for file in keyed.folder.rglob("*") if file.is_file() and not file.is_socket()]
     assert written
-    found = [file for file in written for key in keys.values() if key.encode() in file.read_bytes()]
+    found = [file for file in written for key in every if key.encode() in file.read_bytes()]
     assert found == []
-    assert not any(key in keyed.command.out + keyed.command.err for key in keys.values())
+    assert not any(key in keyed.command.out + keyed.command.err for key in every)
 
 
 def test_a_group_signal_stops_it_in_order(keyed: Service, keys: dict[str, str]) -> None:
