@@ -22,7 +22,7 @@ from clipfleet.errors import (
 )
 from clipfleet.image_parts import check_parts
 from clipfleet.resize import check_pixels
-from clipfleet.tiff_directory import check_directory
+from clipfleet.tiff_directory import check_directory, check_exif
 
 SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif",
@@ -139,6 +139,8 @@ def open_image(data: bytes | bytearray | memoryview, limits: ImageLimits = DEFAU
             min(_RLE_PIXELS, limits.max_pixels),
             "the BMP is run-length encoded, which decodes slowly (save it uncompressed or as PNG): it",
         )
+    if isinstance(exif := image.info.get("exif"), bytes):
+        check_exif(exif)
     if kind == "AVIF":
         image.info[_FRAME_PIXELS] = check_pictures(data, limits.max_pixels)
     if kind == "TIFF":  # Pillow decodes whole tiles, whatever the image's own size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from clipfleet.errors import ImageCorrupt
 
-_JPEG_SCANS, _JPEG_SEGMENTS, _JPEG_FILL = 100, 500, 100_000
+_JPEG_SCANS, _JPEG_SEGMENTS, _JPEG_EXIF, _JPEG_FILL = 100, 500, 10, 100_000
 _PNG_CHUNKS = 10_000
 _SCAN = b"\xff\xda"
 
@@ -26,7 +26,7 @@ def _check_segments(data: bytes) -> None:
 
     Cameras write a dozen segments; a film's worth of depth or a large ICC profile may take 300 of 64 KiB each.
     """
-    segments, fill, position = 0, 0, 2
+    segments, exif, fill, position = 0, 0, 0, 2
     while True:
         start = data.find(b"\xff", position)
         if start < 0 or start + 4 > len(data):
@@ -43,6 +43,7 @@ def _check_segments(data: bytes) -> None:
             segments += 1
             length = max(2, int.from_bytes(data[start + 2 : start + 4], "big"))
             position = start + 2 + length
+            exif += marker == 0xE1 and data.startswith(b"Exif\0\0", start + 4)
             if 0xC0 <= marker <= 0xCF or marker in (
                 0xDB,
                 0xDE,
@@ -52,6 +53,10 @@ def _check_segments(data: bytes) -> None:
             raise ImageCorrupt(
                 f"the JPEG has more than {_JPEG_SEGMENTS} segments before its pixels; save it anew without them",
                 format="JPEG",
+            )
+        if exif > _JPEG_EXIF:  # Pillow joins them, and reads a number of any length from them
+            raise ImageCorrupt(
+                f"the JPEG has more than {_JPEG_EXIF} segments of EXIF data; save it anew", format="JPEG"
             )
         if fill > _JPEG_FILL:
             raise ImageCorrupt(
