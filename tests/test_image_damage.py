@@ -243,6 +243,27 @@ def test_a_png_of_endless_chunks_is_refused_unread() -> None:
         decode(data[:33] + 20_000 * chunk + data[33:], SPEC)
 
 
+@pytest.mark.parametrize(
+    "part",
+    [
+        b"!\xfe" + 60_000 * b"\2ab" + b"\0",  # a comment
+        50_000 * b"!\xfe\0",
+        b"!\xff\x0bNETSCAPE2.0\0" + 110_000 * b"\1," + b"\0",
+        b"!\x01\0" + 110_000 * b"\1," + b"\0",  # Pillow reads on behind the empty block
+        110_000 * b"x",
+    ],
+    ids=["comment", "comments", "application", "unknown", "junk"],
+)
+def test_a_gif_of_endless_blocks_is_refused_unread(part: bytes) -> None:
+    """Pillow takes a step of Python for each, and keeps a comment's: 20 MiB of them take 850 MB."""
+    data = encode(picture("P", 30, 20), "GIF")
+    start = 13 + (6 << (data[10] & 7))
+    assert data[start : start + 1] in (b",", b"!")
+    assert outcome(data[:start] + b"!\xfe\3abc\0" + b"!\xff\x0bNETSCAPE2.0\3\1\0\0\0" + data[start:]) == "pixels"
+    with pytest.raises(ImageCorrupt, match="more than 100,000 blocks"):
+        open_image(data[:start] + part * 2 + data[start:])
+
+
 def grey(width: int, height: int, compression: int = 1) -> list[TiffEntry]:
     return [
         (256, 4, 1, width),
