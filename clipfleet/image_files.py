@@ -29,9 +29,8 @@ SUFFIXES = (
 )  # fmt: skip
 _MEGA = 1_000_000
 _FRAME_PIXELS = "clipfleet_frame_pixels"  # of Image.info, where the file's pictures may be larger than the image
-_RLE_PIXELS = (
-    4 * _MEGA
-)  # Pillow decodes these in Python, of all formats accepted here these alone: a second for so many
+# Of run-length encoded BMPs: Pillow decodes them in Python, and of all that is accepted them alone. A second for so many.
+_RLE_PIXELS = 4 * _MEGA
 
 
 @dataclass(frozen=True)
