@@ -22,16 +22,15 @@ from clipfleet.errors import (
 )
 from clipfleet.image_parts import check_parts
 from clipfleet.resize import check_pixels
-from clipfleet.tiff_directory import check_directory
+from clipfleet.tiff_directory import check_directory, check_exif
 
 SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif",
 )  # fmt: skip
 _MEGA = 1_000_000
 _FRAME_PIXELS = "clipfleet_frame_pixels"  # of Image.info, where the file's pictures may be larger than the image
-_RLE_PIXELS = (
-    4 * _MEGA
-)  # Pillow decodes these in Python, of all formats accepted here these alone: a second for so many
+# Of run-length encoded BMPs: Pillow decodes them in Python, and of all that is accepted them alone. A second for so many.
+_RLE_PIXELS = 4 * _MEGA
 
 
 @dataclass(frozen=True)
@@ -139,6 +138,8 @@ def open_image(data: bytes | bytearray | memoryview, limits: ImageLimits = DEFAU
             min(_RLE_PIXELS, limits.max_pixels),
             "the BMP is run-length encoded, which decodes slowly (save it uncompressed or as PNG): it",
         )
+    if isinstance(exif := image.info.get("exif"), bytes):
+        check_exif(exif)
     if kind == "AVIF":
         image.info[_FRAME_PIXELS] = check_pictures(data, limits.max_pixels)
     if kind == "TIFF":  # Pillow decodes whole tiles, whatever the image's own size

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from clipfleet.errors import ImageCorrupt
 
-_JPEG_SCANS, _JPEG_SEGMENTS, _JPEG_FILL = 100, 500, 100_000
-_PNG_CHUNKS = 10_000
+_JPEG_SCANS, _JPEG_SEGMENTS, _JPEG_EXIF, _JPEG_FILL = 100, 500, 10, 100_000
+_PNG_CHUNKS, _GIF_BLOCKS = 10_000, 100_000
 _SCAN = b"\xff\xda"
 
 
@@ -19,6 +19,8 @@ def check_parts(data: bytes, kind: str) -> None:
             raise ImageCorrupt(f"the JPEG has {scans} scans; the limit is {_JPEG_SCANS}", format=kind)
     elif kind == "PNG":
         _check_chunks(data)
+    elif kind == "GIF":
+        _check_blocks(data)
 
 
 def _check_segments(data: bytes) -> None:
@@ -26,7 +28,7 @@ def _check_segments(data: bytes) -> None:
 
     Cameras write a dozen segments; a film's worth of depth or a large ICC profile may take 300 of 64 KiB each.
     """
-    segments, fill, position = 0, 0, 2
+    segments, exif, fill, position = 0, 0, 0, 2
     while True:
         start = data.find(b"\xff", position)
         if start < 0 or start + 4 > len(data):
@@ -43,6 +45,7 @@ def _check_segments(data: bytes) -> None:
             segments += 1
             length = max(2, int.from_bytes(data[start + 2 : start + 4], "big"))
             position = start + 2 + length
+            exif += marker == 0xE1 and data.startswith(b"Exif\0\0", start + 4)
             if 0xC0 <= marker <= 0xCF or marker in (
                 0xDB,
                 0xDE,
@@ -52,6 +55,10 @@ def _check_segments(data: bytes) -> None:
             raise ImageCorrupt(
                 f"the JPEG has more than {_JPEG_SEGMENTS} segments before its pixels; save it anew without them",
                 format="JPEG",
+            )
+        if exif > _JPEG_EXIF:  # Pillow joins them, and reads a number of any length from them
+            raise ImageCorrupt(
+                f"the JPEG has more than {_JPEG_EXIF} segments of EXIF data; save it anew", format="JPEG"
             )
         if fill > _JPEG_FILL:
             raise ImageCorrupt(
@@ -82,3 +89,38 @@ def _check_chunks(data: bytes) -> None:
         if chunks > _PNG_CHUNKS:
             raise ImageCorrupt(f"the PNG has more than {_PNG_CHUNKS:,} chunks beside its pixels", format="PNG")
         start += 12 + int.from_bytes(data[start : start + 4], "big")
+
+
+def _check_blocks(data: bytes) -> None:
+    """Count the blocks before a GIF's first image as Pillow reads them, in Python."""
+    blocks = _Blocks(data, 13 + (6 << (data[10] & 7) if len(data) > 10 and data[10] & 128 else 0))
+    while (start := blocks.byte()) not in (b",", b";", b""):
+        if start != b"!":
+            continue
+        label, block = blocks.byte(), blocks.block()
+        if label == b"\xfe" and not block:
+            continue  # of an empty comment there is no more; of others Pillow reads on
+        if label == b"\xff" and block.startswith(b"NETSCAPE2.0"):
+            blocks.block()
+        while blocks.block():
+            pass
+
+
+class _Blocks:
+    def __init__(self, data: bytes, position: int) -> None:
+        self._data, self._position, self._count = data, position, 0
+
+    def byte(self) -> bytes:
+        self._count += 1
+        if self._count > _GIF_BLOCKS:
+            raise ImageCorrupt(
+                f"the GIF has more than {_GIF_BLOCKS:,} blocks before its pixels; save it anew", format="GIF"
+            )
+        self._position += 1
+        return self._data[self._position - 1 : self._position]
+
+    def block(self) -> bytes:
+        size = self.byte()
+        start = self._position
+        self._position += size[0] if size else 0
+        return self._data[start : self._position]

@@ -11,36 +11,42 @@ from clipfleet.errors import ImageCorrupt, ImageFormatUnsupported
 _ENTRIES = 4096  # libtiff takes no more
 _VALUES = 1_000  # of a tag that Pillow reads while it opens a file: an object of Python each
 _COLORS = 3 * 65536
+_RATIONALS, _NUMBERS = 10_000, 1_000_000  # of all tags: some images have Pillow read each of them
 _PARTS = 100_000  # strips or tiles, which are an object each too
 _FEW_PARTS = 1_000  # are harmless, whatever the image's size
 
 _WIDTH, _LENGTH, _SAMPLES, _ROWS, _PLANAR, _TILE_WIDTH, _TILE_LENGTH = 256, 257, 277, 278, 284, 322, 323
 _OFFSETS = {273: "strips", 324: "tiles"}
-_COLOR_MAP = 320
+_COLOR_MAP, _ORIENTATION = 320, 274
+_DIRECTORIES = {34665, 34853}  # EXIF and GPS, which Pillow reads whole
 _SIZES = {_WIDTH, _LENGTH, _ROWS, _TILE_WIDTH, _TILE_LENGTH}
-_READ_BY_PILLOW = _SIZES | {258, 259, 262, 266, 274, _SAMPLES, 282, 283, _PLANAR, 296, 338, 339, 530}
+_READ_BY_PILLOW = (
+    _SIZES | _DIRECTORIES | {258, 259, 262, 266, _ORIENTATION, _SAMPLES, 282, 283, _PLANAR, 296, 338, 339, 530, 40965}
+)
 _BYTES_TO_PILLOW = {700, 34675}  # XMP and ICC profile
 _BYTES = {1, 2, 7}  # the types that take no object a value
+_RATIONAL = {5, 10}
+_NUMBER = {3, 4, 6, 8, 9, 11, 12, 13, 16}
 _INTEGERS = {3: "H", 4: "I", 16: "Q"}  # SHORT, LONG and, in a BigTIFF, LONG8
 
 
 class _Entry(NamedTuple):
     tag: int
     kind: int
-    count: int
+    values: int
     field: bytes  # the value where it fits, else its place
 
 
 def check_directory(data: bytes) -> None:
     """Raises ImageCorrupt or ImageFormatUnsupported. What is cut off is left to Pillow."""
-    if data.startswith(
-        b"MM\0+"
-    ):  # Pillow reads it as a plain TIFF and libtiff does not, so one might see another image
+    if data.startswith(b"MM\0+"):
+        # Pillow reads it as a plain TIFF and libtiff does not, so one might see another image
         raise ImageFormatUnsupported("the TIFF is a big-endian BigTIFF; save it as a plain TIFF", format="TIFF")
-    order = "<" if data[:2] == b"II" else ">"
+    order = _order(data)
     numbers: dict[int, int] = {}
     parts = []
-    for entry in _entries(data, order):
+    entries = list(_entries(data, order))
+    for entry in entries:
         if entry.tag in _SIZES:
             _check_size(entry)
         if entry.tag in _SIZES or (entry.tag in (_SAMPLES, _PLANAR) and entry.kind in _INTEGERS):
@@ -54,32 +60,66 @@ def check_directory(data: bytes) -> None:
     for entry in parts:
         limit = min(max(_parts(entry.tag, numbers), _FEW_PARTS), _PARTS)
         _check_count(entry, limit, f"{_OFFSETS[entry.tag]} (save it with larger ones)")
+    for entry in [entry for entry in entries if entry.tag in _DIRECTORIES]:
+        entries += _entries(data, order, _place(entry, order))
+    _check_all([entry for entry in entries if entry.values <= len(data)])  # Pillow passes over what cannot be there
 
 
-def _entries(data: bytes, order: str) -> Iterator[_Entry]:
-    big = data[2:4] in (b"+\0", b"\0+")
+def check_exif(data: bytes) -> None:
+    """The same for the EXIF data of another format, of which one tag is read. Raises ImageCorrupt."""
+    while data.startswith(b"Exif\0\0"):
+        data = data[6:]
+    for entry in _entries(data, _order(data), most=0xFFFF):  # damaged ones say anything, and are passed over
+        if entry.tag == _ORIENTATION and entry.values <= len(data):
+            _check_count(entry, _VALUES, "orientations", "EXIF data")
+
+
+def _order(data: bytes) -> str:
+    return "<" if data[:2] == b"II" else ">"
+
+
+def _entries(data: bytes, order: str, start: int | None = None, most: int = _ENTRIES) -> Iterator[_Entry]:
+    """Those of the directory at `start`, or of the first."""
+    big = data[2:3] == b"+"  # as Pillow sees it
     start_at, count_of, entry_of = (8, "Q", "HHQ8s") if big else (4, "H", "HHI4s")
     try:
-        (start,) = struct.unpack_from(order + ("Q" if big else "I"), data, start_at)
-        (entries,) = struct.unpack_from(order + count_of, data, start)
-        start += struct.calcsize(order + count_of)
-        if entries > _ENTRIES:
-            raise ImageCorrupt(
-                f"the TIFF's directory has {entries:,} entries; the limit is {_ENTRIES:,}", format="TIFF"
-            )
+        place: int = struct.unpack_from(order + ("Q" if big else "I"), data, start_at)[0] if start is None else start
+        (entries,) = struct.unpack_from(order + count_of, data, place)
+        place += struct.calcsize(order + count_of)
+        if entries > most:
+            raise ImageCorrupt(f"a directory of tags has {entries:,} entries; the limit is {most:,}", format="TIFF")
         for number in range(entries):
             yield _Entry(
-                *struct.unpack_from(order + entry_of, data, start + number * struct.calcsize(order + entry_of))
+                *struct.unpack_from(order + entry_of, data, place + number * struct.calcsize(order + entry_of))
             )
     except (struct.error, OverflowError):  # a directory beyond the file's end
         return
 
 
+def _place(entry: _Entry, order: str) -> int:
+    """Where the directory that an entry points to starts: a LONG, IFD or LONG8."""
+    letter = {4: "I", 13: "I", 16: "Q"}.get(entry.kind, "9s")
+    if entry.values != 1 or struct.calcsize(order + letter) > len(entry.field):
+        raise ImageCorrupt(f"the TIFF's tag {entry.tag} points nowhere (save the image anew)", format="TIFF")
+    return struct.unpack_from(order + letter, entry.field)[0]
+
+
+def _check_all(entries: list[_Entry]) -> None:
+    rationals = sum(entry.values for entry in entries if entry.kind in _RATIONAL)
+    numbers = sum(entry.values for entry in entries if entry.kind in _NUMBER)
+    if rationals > _RATIONALS or numbers > _NUMBERS:
+        raise ImageCorrupt(
+            f"the TIFF's tags have {rationals:,} fractions and {numbers:,} other numbers; the limit is "
+            f"{_RATIONALS:,} and {_NUMBERS:,} (save it without them)",
+            format="TIFF",
+        )
+
+
 def _check_size(entry: _Entry) -> None:
     """libtiff reads sizes in types that Pillow passes over, and would then use some that nobody has checked."""
-    if entry.count != 1 or struct.calcsize("<" + _INTEGERS.get(entry.kind, "9s")) > len(entry.field):
+    if entry.values != 1 or struct.calcsize("<" + _INTEGERS.get(entry.kind, "9s")) > len(entry.field):
         raise ImageCorrupt(
-            f"the TIFF's tag {entry.tag}, a size, has {entry.count:,} values of type {entry.kind}; "
+            f"the TIFF's tag {entry.tag}, a size, has {entry.values:,} values of type {entry.kind}; "
             "it takes one of type SHORT or LONG (save the image anew)",
             format="TIFF",
         )
@@ -90,9 +130,9 @@ def _value(entry: _Entry, order: str) -> int:
     return struct.unpack_from(letter, entry.field)[0] if struct.calcsize(letter) <= len(entry.field) else 1
 
 
-def _check_count(entry: _Entry, limit: int, what: str) -> None:
-    if entry.count > limit:
-        raise ImageCorrupt(f"the TIFF has {entry.count:,} {what}; the limit is {limit:,}", format="TIFF")
+def _check_count(entry: _Entry, limit: int, what: str, whole: str = "TIFF") -> None:
+    if entry.values > limit:
+        raise ImageCorrupt(f"the {whole} has {entry.values:,} {what}; the limit is {limit:,}")
 
 
 def _parts(tag: int, numbers: dict[int, int]) -> int:

@@ -210,11 +210,7 @@ def test_what_phones_and_cameras_add_to_a_jpeg_does_not_count() -> None:
 @pytest.mark.parametrize(
     ("part", "times", "message"),
     [
-        (
-            b"\xff\xe1\0\x08Exif\0\0",
-            10_000,
-            "more than 500 segments before its pixels",
-        ),  # Pillow joins these: quadratic
+        (b"\xff\xe1\0\x08Exif\0\0", 10_000, "more than 10 segments of EXIF data"),  # Pillow joins these: quadratic
         (b"\xff\xe5\0\x02", 10_000, "more than 500 segments before its pixels"),
         (b"\xff\xfe\0\0", 10_000, "more than 500 segments before its pixels"),  # the least length, and one below it
         (b"\xff\xdb\0\1", 10_000, "more than 500 segments before its pixels"),
@@ -245,6 +241,27 @@ def test_a_png_of_endless_chunks_is_refused_unread() -> None:
     assert outcome(data[:33] + 100 * chunk + data[33:]) == "pixels"
     with pytest.raises(ImageCorrupt, match="more than 10,000 chunks"):
         decode(data[:33] + 20_000 * chunk + data[33:], SPEC)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        b"!\xfe" + 60_000 * b"\2ab" + b"\0",  # a comment
+        50_000 * b"!\xfe\0",
+        b"!\xff\x0bNETSCAPE2.0\0" + 110_000 * b"\1," + b"\0",
+        b"!\x01\0" + 110_000 * b"\1," + b"\0",  # Pillow reads on behind the empty block
+        110_000 * b"x",
+    ],
+    ids=["comment", "comments", "application", "unknown", "junk"],
+)
+def test_a_gif_of_endless_blocks_is_refused_unread(part: bytes) -> None:
+    """Pillow takes a step of Python for each, and keeps a comment's: 20 MiB of them take 850 MB."""
+    data = encode(picture("P", 30, 20), "GIF")
+    start = 13 + (6 << (data[10] & 7))
+    assert data[start : start + 1] in (b",", b"!")
+    assert outcome(data[:start] + b"!\xfe\3abc\0" + b"!\xff\x0bNETSCAPE2.0\3\1\0\0\0" + data[start:]) == "pixels"
+    with pytest.raises(ImageCorrupt, match="more than 100,000 blocks"):
+        open_image(data[:start] + part * 2 + data[start:])
 
 
 def grey(width: int, height: int, compression: int = 1) -> list[TiffEntry]:
@@ -294,6 +311,34 @@ def test_a_tiff_of_endless_values_is_refused_unread(tag: int, kind: int, count: 
         [*entries, (278, 3, 1, 2), (273, 4, 1, 0), (279, 3, 1, 4), (tag, kind, count, bytes(8 * count))], bytes(4)
     )
     with pytest.raises(ImageCorrupt, match=f"5,000 values of tag {tag}; the limit is 1,000"):
+        open_image(data)
+
+
+@pytest.mark.parametrize("tag", [34665, 34853, 65000])
+def test_a_tiff_of_endless_fractions_is_refused_unread(tag: int) -> None:
+    """Pillow reads EXIF whole, and all tags of an image that is turned: 20 MiB of fractions would take ten seconds."""
+    entries = [*grey(2, 2), (273, 4, 1, 0), (278, 4, 1, 2), (279, 4, 1, 4)]
+    many, fractions = struct.pack("<HHII", 33434, 5, 10_001, 1000), bytes(8 * 10_001)
+    if tag == 65000:
+        data = tiff([*entries, (tag, 5, 10_001, fractions)], bytes(4))
+    else:
+        start = len(tiff([*entries, (tag, 4, 1, 0)], bytes(4)))
+        data = tiff([*entries, (tag, 4, 1, start)], bytes(4) + struct.pack("<H", 1) + many + bytes(4)) + fractions
+    with pytest.raises(ImageCorrupt, match=r"tags have 10,001 fractions and .* the limit is 10,000"):
+        open_image(data)
+    with pytest.raises(ImageCorrupt, match=f"tag {tag} points nowhere" if tag != 65000 else "10,001 fractions"):
+        open_image(data.replace(struct.pack("<HHI", tag, 4, 1), struct.pack("<HHI", tag, 9, 1)))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
+def test_exif_data_of_endless_orientations_are_refused_unread(kind: str) -> None:
+    exif = tiff([(274, 5, 100_000, bytes(800_000))], b"")
+    data = encode(picture("RGB", 60, 40), kind, **({} if kind == "JPEG" else {"exif": exif}))
+    if kind == "JPEG":  # in pieces
+        pieces = [b"Exif\0\0" + exif[start : start + 60_000] for start in range(0, len(exif), 60_000)]
+        segments = (b"\xff\xe1" + struct.pack(">H", 2 + len(piece)) + piece for piece in pieces)
+        data = data[:2] + b"".join(segments) + data[2:]
+    with pytest.raises(ImageCorrupt, match=r"100,000 orientations; the limit is 1,000|more than 10 segments of EXIF"):
         open_image(data)
 
 
