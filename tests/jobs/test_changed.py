@@ -155,9 +155,11 @@ def test_a_tar_that_cannot_be_read_loses_no_member(tmp_path: Path, files: list[b
     dest = tmp_path / "out"
     assert len(embedded(tmp_path / "tars", dest)) == 6
     whole = tars[0].read_bytes()
-    tars[0].write_bytes(whole[:700])
-    embedded(tmp_path / "tars", dest, changed=True)
-    assert "gone" not in errors(read(dest)).values()
+    for damaged in (whole[:700], bytes(512) + whole[512:]):
+        tars[0].write_bytes(damaged)
+        embedded(tmp_path / "tars", dest, changed=True)
+        assert "gone" not in errors(read(dest)).values()
+        assert errors(read(dest))["a.tar"] == "file_unreadable"
     tars[0].write_bytes(whole)
     embedded(tmp_path / "tars", dest, changed=True)
     assert errors(read(dest)) == {} and len(read(dest)) == 6

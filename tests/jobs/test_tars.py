@@ -91,6 +91,29 @@ def test_damaged_tars_are_rows_under_their_own_names(tmp_path: Path) -> None:
     }
 
 
+def test_zeros_end_a_tar_only_where_nothing_follows_them(tmp_path: Path) -> None:
+    """Joined tars are read whole; a header that became zeros is damage, and not the end."""
+    first = make_tar(tmp_path / "first.tar", {"a.png": b"a" * 700, "b.png": b"b" * 700}, FORMATS["gnu"]).read_bytes()
+    second = make_tar(tmp_path / "second.tar", {"c.png": b"c" * 700, "d.png": b""}, FORMATS["pax"]).read_bytes()
+    long = make_tar(tmp_path / "long.tar", {"x" * 200 + ".png": b"", "e.png": b""}, FORMATS["gnu"]).read_bytes()
+    folder = tmp_path / "tars"
+    folder.mkdir()
+    for name, data in {
+        "joined.tar": first + second,
+        "padded.tar": first + bytes(3 * 2**20),
+        "zeroed.tar": first[:1536] + bytes(512) + first[2048:],
+        "zeroed-first.tar": bytes(512) + first[512:],
+        "zeroed-after-its-name.tar": long[:1024] + bytes(512) + long[1536:],
+    }.items():
+        (folder / name).write_bytes(data)
+    found = {item.id: item.error for item in items(folder)}
+    assert found == {
+        **dict.fromkeys(f"joined.tar/{name}.png" for name in "abcd"),
+        **dict.fromkeys(("padded.tar/a.png", "padded.tar/b.png", "zeroed.tar/a.png")),
+        **dict.fromkeys(("zeroed.tar", "zeroed-first.tar", "zeroed-after-its-name.tar"), "file_unreadable"),
+    }
+
+
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_damage_never_leads_astray(data: st.DataObject) -> None:
