@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
@@ -29,7 +30,7 @@ PARQUET = (".parquet", ".pq")
 JSON_LINES = (".jsonl", ".ndjson")
 SUFFIXES = (*PARQUET, *_SEPARATORS, *JSON_LINES)
 _ROWS = 8192
-_UNREADABLE = (OSError, ValueError, RecursionError, pa.ArrowException)
+_UNREADABLE = (OSError, ValueError, pa.ArrowException)
 
 Row = tuple[str | None, str | None]  # id, path
 
@@ -96,12 +97,10 @@ def _column_names(path: str) -> list[str]:
     if suffix in _SEPARATORS:
         with csv.open_csv(path, parse_options=_separated(suffix)) as reader:
             return reader.schema.names
-    with open(path, encoding="utf-8-sig") as lines:  # rows may differ; a slip in a name shows within the first ones
-        names: dict[str, None] = {}
-        for line in islice((line for line in lines if line.strip()), _ROWS):
-            row = json.loads(line)
-            names.update(dict.fromkeys(row if isinstance(row, dict) else ()))
-        return list(names)
+    names: dict[str, None] = {}
+    for _, row in islice(_json_lines(path), _ROWS):  # rows may differ; a slip in a name shows within the first ones
+        names.update(dict.fromkeys(row if isinstance(row, dict) else ()))
+    return list(names)
 
 
 def _separated(suffix: str) -> csv.ParseOptions:
@@ -137,14 +136,31 @@ def _texts(column: pa.Array) -> list[str | None]:
 
 
 def _json_rows(path: str, columns: list[str]) -> Iterator[Row]:
-    with open(path, encoding="utf-8-sig") as lines:
+    for number, row in _json_lines(path):
+        if not isinstance(row, dict):
+            raise ValueError(f"line {number} is no JSON object")
+        values = [row.get(column) for column in columns]
+        if any(isinstance(value, (dict, list)) for value in values):
+            raise ValueError(f"line {number}: ids and paths are texts or numbers")
+        texts = [None if value is None else str(value) for value in values]
+        yield texts[0], texts[-1]
+
+
+def _json_lines(path: str) -> Iterator[tuple[int, Any]]:
+    """The values of a JSON Lines file, with their lines' numbers from 1. Raises ValueError that names the line."""
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError(f"line {number} is no JSON object")
-                values = [row.get(column) for column in columns]
-                if any(isinstance(value, (dict, list)) for value in values):
-                    raise ValueError(f"line {number}: ids and paths are texts or numbers")
-                texts = [None if value is None else str(value) for value in values]
-                yield texts[0], texts[-1]
+                yield number, _json_value(line, number)
+
+
+def _json_value(line: str, number: int) -> Any:
+    try:
+        line.encode()  # bytes that are no UTF-8 were read as surrogates
+        return json.loads(line)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"line {number}, column {error.start + 1}: no UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {number}, column {error.pos + 1}: {error.msg}") from error
+    except RecursionError as error:
+        raise ValueError(f"line {number} is nested too deeply") from error

@@ -123,6 +123,25 @@ class TestManifests:
             with pytest.raises(ClipfleetError, match=name):
                 listed(tmp_path / name)
 
+    @pytest.mark.parametrize(
+        ("line", "words"),
+        [
+            (b'{"path": }', "line 3, column 10: Expecting value"),
+            (b'{"path": "a"', "line 3, column 1[34]: Expecting"),
+            (b'{"path": "\xff.png"}', "line 3, column 11: no UTF-8"),
+            (b"[" * 100_000, "line 3 is nested too deeply"),
+            (b"7", "line 3 is no JSON object"),
+        ],
+    )
+    @pytest.mark.parametrize("rows", [1, 10_000], ids=["among the first", "later"])
+    def test_a_broken_json_line_is_named(self, tmp_path: Path, line: bytes, words: str, rows: int) -> None:
+        good = b'{"path": "a.png"}\n'
+        manifest = tmp_path / "list.jsonl"
+        manifest.write_bytes(good + b"\n" * rows + good * (rows - 1) + line + b"\n" + good)
+        words = words.replace("line 3", f"line {2 * rows + 1}")
+        with pytest.raises(ClipfleetError, match=rf"list\.jsonl': {words}"):
+            listed(manifest)
+
 
 class TestOptions:
     @pytest.mark.parametrize(
