@@ -124,7 +124,6 @@ def _execute(
             ImageLimits(reduced_jpeg=options.reduced_jpeg),
             work.rows_per_file,
             work.source.manifest,
-            work.source.bytes_column,
         )
         encode = EncodePlan(
             claimed, origin, options.format, options.points, _everywhere(checkpoint), options.device,

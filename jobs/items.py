@@ -24,11 +24,20 @@ class Item(NamedTuple):
     state: FileState = UNKNOWN
 
 
+class BytesManifest(NamedTuple):
+    """A Parquet file whose rows hold the images' bytes, in `column`, and the size and time (nanoseconds since 1970) that it
+    had when the job began: rows are known by their numbers, which are another file's no more."""
+
+    path: str
+    column: str
+    size: int
+    modified: int
+
+
 @dataclass(frozen=True)
 class Source:
     """The inputs, and where their bytes are if a manifest holds them. `shards`: whether they are members of tars."""
 
     items: Iterable[Item]
-    manifest: str | None = None
-    bytes_column: str | None = None
+    manifest: BytesManifest | None = None
     shards: bool = False

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import pyarrow.parquet as pq
 from pyarrow import csv
 
 from clipfleet.errors import JobError, SettingsError
-from jobs.items import Item, Source
+from jobs.items import BytesManifest, Item, Source
 from jobs.options import EmbedOptions
 from jobs.places import is_uri, printable, without_secrets
 
@@ -52,17 +53,40 @@ def open_manifest(options: EmbedOptions) -> Source:
         return Source(_items(path, options.id_column, content))
     if not path.lower().endswith(PARQUET):
         raise SettingsError(f"bytes are read from Parquet alone, not from {path!r}; give a path column")
-    with pq.ParquetFile(path) as file:
+    with open(path, "rb") as opened, pq.ParquetFile(opened) as file:
+        status = os.fstat(opened.fileno())
         kind = file.schema_arrow.field(content).type
     if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
         raise SettingsError(f"column {content!r} of {path!r} holds {kind}, not binary")
     assert options.id_column is not None  # EmbedOptions refuses bytes without it
-    return Source(_items(path, options.id_column, None), path, content)
+    manifest = BytesManifest(path, content, status.st_size, status.st_mtime_ns)
+    return Source(_items(path, options.id_column, None, manifest), manifest)
 
 
-def _items(manifest: str, id_column: str | None, path_column: str | None) -> Iterator[Item]:
+@contextmanager
+def opened_as_planned(manifest: BytesManifest) -> Iterator[tuple[pq.ParquetFile, Callable[[], None]]]:
+    """The file, and a check to call after each reading of it: both raise JobError if it is not what it was at first."""
+    with open(manifest.path, "rb") as opened:
+
+        def check() -> None:
+            status = os.fstat(opened.fileno())
+            if (status.st_size, status.st_mtime_ns) != (manifest.size, manifest.modified):
+                raise JobError(
+                    f"the manifest {manifest.path!r} was changed while the job ran; run the command again. "
+                    "What is finished is kept"
+                )
+
+        check()
+        with pq.ParquetFile(opened) as file:
+            yield file, check
+
+
+def _items(
+    manifest: str, id_column: str | None, path_column: str | None, planned: BytesManifest | None = None
+) -> Iterator[Item]:
     folder = os.path.dirname(manifest)
-    for number, (name, path) in enumerate(_rows(manifest, id_column, path_column)):
+    rows = _planned_rows(planned, id_column) if planned and id_column else _rows(manifest, id_column, path_column)
+    for number, (name, path) in enumerate(rows):
         path = path or None  # an empty one would be the manifest's folder
         if id_column is None and not name:
             name = f"#{number}"
@@ -118,6 +142,16 @@ def _rows(path: str, id_column: str | None, path_column: str | None) -> Iterator
             yield from zip(texts[0], texts[-1] if path_column else [None] * len(texts[0]), strict=True)
     except _UNREADABLE as error:
         raise JobError(f"cannot read the manifest {path!r}: {error}") from error
+
+
+def _planned_rows(manifest: BytesManifest, id_column: str) -> Iterator[Row]:
+    try:
+        with opened_as_planned(manifest) as (file, check):
+            for batch in file.iter_batches(_ROWS, columns=[id_column]):
+                check()
+                yield from ((name, None) for name in _texts(batch.column(id_column)))
+    except _UNREADABLE as error:
+        raise JobError(f"cannot read the manifest {manifest.path!r}: {error}") from error
 
 
 def _batches(path: str, columns: list[str]) -> Iterator[pa.RecordBatch]:

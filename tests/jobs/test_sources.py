@@ -21,7 +21,9 @@ from jobs.places import UNKNOWN, FileState
 from jobs.sources import in_order, matches, open_files
 from jobs.summary import exit_status
 from jobs.tolerance import Tolerance
-from tests.jobs.job import embed, errors, read, summary, vectors
+from tests.deployments.processes import until
+from tests.jobs.job import embed, embedding, errors, read, summary, vectors
+from tests.jobs.planned import embedded, planned
 
 
 def items(source: Path | str) -> list[Item]:
@@ -228,6 +230,44 @@ def test_bytes_in_parquet_become_vectors(tmp_path: Path, files: list[bytes]) -> 
     table = read(tmp_path / "out")
     assert vectors(table).keys() == {str(number) for number in range(len(files))}
     assert errors(table) == {"100": "image_empty", "101": "image_empty", "102": "image_format_unsupported"}
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["renamed over", "rewritten"])
+def test_a_manifest_of_bytes_that_is_another_one_stops_the_job(
+    tmp_path: Path, files: list[bytes], in_place: bool
+) -> None:
+    """Its rows are known by their numbers; the other file's have other ids."""
+    rows = [{"sku": str(number), "image": data} for number, data in enumerate(files)]
+    manifest = write_manifest(tmp_path / "m.parquet", rows)
+    other = write_manifest(tmp_path / "other.parquet", rows[::-1])
+    options = {"bytes_column": "image", "id_column": "sku"}
+    with planned(manifest, tmp_path / "out", rows_per_file=4, **options) as run:
+        decoded = run.decoded()
+        assert next(decoded)[0].column("id").to_pylist() == ["0", "1", "2", "3"]
+        if in_place:
+            manifest.write_bytes(other.read_bytes())
+            assert len(list(decoded)) == 2, "read before"
+        else:
+            other.replace(manifest)
+            assert len(list(decoded)) == 2, "of the file that is open"
+        with pytest.raises(JobError, match=r"m\.parquet' was changed while the job ran; run the command again"):
+            list(run.decoded())
+    assert embedded(manifest, tmp_path / "out", **options) == [row["sku"] for row in rows[::-1]]
+
+
+def test_a_job_whose_manifest_of_bytes_is_changed_ends_with_one_line(tmp_path: Path, files: list[bytes]) -> None:
+    rows = [{"sku": str(number), "image": data} for number, data in enumerate(files)]
+    manifest = write_manifest(tmp_path / "m.parquet", rows)
+    other = write_manifest(tmp_path / "other.parquet", rows[::-1])
+    dest = tmp_path / "out"
+    with embedding(manifest, dest, "--bytes-column", "image", "--id-column", "sku") as command:
+        until(lambda: command.ended or any(dest.glob(".clipfleet/run-*/tasks/*")), 120, "a plan")
+        other.replace(manifest)  # while its Ray starts
+        assert command.wait(120) == 1
+        assert command.err == (
+            f"clipfleet: the manifest {str(manifest)!r} was changed while the job ran; run the command again. "
+            "What is finished is kept\n"
+        )
 
 
 def test_a_manifest_of_paths(tmp_path: Path, picture_files: list[Path]) -> None:
