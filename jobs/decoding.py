@@ -131,7 +131,7 @@ def _locate(row: dict[str, Any]) -> Content:
         return ImageNotFound.code
     path = row["place"].decode("utf-8", "surrogateescape")
     if row["offset"] is not None:
-        return Section(path, row["offset"], row["length"])
+        return Section(path, row["offset"], row["length"], (row["whole"], row["modified"]))
     return Uri(path, look=row["size"] is None) if is_uri(path) else Path(path)
 
 

@@ -12,14 +12,14 @@ from jobs.places import UNKNOWN, FileState
 class Item(NamedTuple):
     """One input. `place` is an encoded local path or URI, or the row of a manifest that holds bytes, or None if null.
 
-    `section` is where in that file the image lies (offset, bytes), if it is a part of it; `error` is the code of an
-    input that is known to fail; `state` is what the listing told of the file.
+    `section` is where in that file the image lies (offset, bytes, bytes of the whole file), if it is a part of it; `error` is
+    the code of an input that is known to fail; `state` is what the listing told of the file.
     """
 
     id: str
     uri: str | None
     place: bytes | int | None
-    section: tuple[int, int] | None = None
+    section: tuple[int, int, int] | None = None
     error: str | None = None
     state: FileState = UNKNOWN
 

@@ -55,12 +55,12 @@ def shard_items(shard: Item) -> Iterator[Item]:
         with _opened(path) as (read_at, size):
             for member in members(read_at, size):
                 known = UNKNOWN if state == UNKNOWN else FileState(member.size, state.modified)
-                yield from _item(shard, member, known)
+                yield from _item(shard, member, size, known)
     except (Damaged, OSError):
         yield shard._replace(error=ImageUnreadable.code, state=state)
 
 
-def _item(shard: Item, member: Member, state: FileState) -> Iterator[Item]:
+def _item(shard: Item, member: Member, size: int, state: FileState) -> Iterator[Item]:
     parts = [part for part in member.name.split("/") if part not in ("", ".")]
     outside = ".." in parts
     hidden = any(part.startswith(".") and part != ".." for part in parts)
@@ -72,7 +72,7 @@ def _item(shard: Item, member: Member, state: FileState) -> Iterator[Item]:
         f"{shard.id}/{name}",
         f"{stem}/{name}{query}",
         shard.place,
-        (member.offset, member.size),
+        (member.offset, member.size, size),
         None if member.whole and not outside else ImageUnreadable.code,
         state,
     )
