@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,7 +22,7 @@ from pyarrow import csv
 from clipfleet.errors import JobError, SettingsError
 from jobs.items import BytesManifest, Item, Source
 from jobs.options import EmbedOptions
-from jobs.places import is_uri, printable, without_secrets
+from jobs.places import is_uri, local_path, printable, without_secrets
 
 DEFAULT_PATH_COLUMN = "path"
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
@@ -38,7 +37,7 @@ Row = tuple[str | None, str | None]  # id, path
 
 def open_manifest(options: EmbedOptions) -> Source:
     """Open the manifest `options.source`. Raises SettingsError for columns that it does not have."""
-    path = os.path.abspath(os.path.expanduser(options.source))
+    path = os.path.abspath(os.path.expanduser(local_path(options.source)))
     try:
         names = _column_names(path)
     except _UNREADABLE as error:
@@ -101,9 +100,8 @@ def _items(
 
 def resolve(path: str, folder: str) -> str:
     """A manifest's path as a local path or the URI of another file system."""
-    if path.startswith("file://"):
-        return unquote(urlsplit(path).path)
-    return path if is_uri(path) else os.path.join(folder, path)
+    place = local_path(path)
+    return place if is_uri(place) else os.path.join(folder, place)
 
 
 def _encoded(path: str | None) -> bytes | None:

@@ -18,14 +18,24 @@ from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import IO, NamedTuple
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote
 
 from pyarrow import fs
 
 from clipfleet.errors import JobError, SettingsError
 from clipfleet.image_files import SUFFIXES
 from jobs.items import Item, Source
-from jobs.places import UNKNOWN, FileState, is_uri, open_filesystem, printable, split_query, state_of, without_secrets
+from jobs.places import (
+    UNKNOWN,
+    FileState,
+    is_uri,
+    local_path,
+    open_filesystem,
+    printable,
+    split_query,
+    state_of,
+    without_secrets,
+)
 from jobs.tars import shard_items
 
 WILDCARDS = "*?["
@@ -55,8 +65,7 @@ class Base(NamedTuple):
 
 def open_files(source: str) -> Source:
     """List a folder, a glob or a tar. Raises SettingsError if there is no such thing."""
-    if source.startswith("file://"):
-        source = unquote(urlsplit(source).path)
+    source = local_path(source)
     if split_query(source)[0].lower().endswith(COMPRESSED):
         raise SettingsError(
             f"{without_secrets(source)!r} is compressed, and members of such a tar cannot be read in place; decompress it"

@@ -112,6 +112,17 @@ def test_a_manifest_of_objects(bucket: Bucket, tmp_path: Path, files: list[bytes
     assert errors(read(tmp_path / "out")) == {"b": "gone"}
 
 
+def test_a_manifest_must_be_a_local_file(bucket: Bucket, tmp_path: Path) -> None:
+    bucket.put("m/list.csv", b"path\na.png\n")
+    for options in ({}, {"path_column": "path"}):
+        with (
+            pytest.raises(SettingsError, match="a manifest must be a local file") as refused,
+            planned(bucket.uri("m/list.csv"), tmp_path, **options),
+        ):
+            pass
+        assert SECRET not in str(refused.value)
+
+
 def test_tars(bucket: Bucket, tmp_path: Path, files: list[bytes]) -> None:
     tar = make_tar(tmp_path / "s.tar", {f"{number}.png": data for number, data in enumerate(files)}).read_bytes()
     bucket.put("tars/a.tar", tar)

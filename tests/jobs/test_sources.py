@@ -313,6 +313,11 @@ def test_a_dest_that_can_be_no_folder_is_wrong_usage(tmp_path: Path, picture_fil
         )
 
 
+def test_a_manifest_by_its_file_uri(tmp_path: Path, picture_files: list[Path]) -> None:
+    manifest = write_manifest(tmp_path / "a list.csv", [{"path": str(file)} for file in picture_files])
+    assert embedded(manifest.as_uri(), tmp_path / "out") == [str(file) for file in picture_files]
+
+
 def test_columns_of_json_lines_may_come_late_and_a_mark_may_stand_first(tmp_path: Path) -> None:
     manifest = tmp_path / "m.jsonl"
     manifest.write_text('{"path": "a"}\n{"path": "b", "sku": "7"}\n', encoding="utf-8-sig")
