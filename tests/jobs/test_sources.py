@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from loguru import logger
 
 from clipfleet.errors import ClipfleetError, JobError, SettingsError
 from jobs.embed_images import run
@@ -75,6 +76,27 @@ class TestFiles:
     def test_more_names_than_fit_in_memory_are_sorted_on_disk(self) -> None:
         names = [(f"{number * 7919 % 1000:03d}", False, UNKNOWN) for number in range(1000)]
         assert list(in_order(iter(names), run=64)) == sorted(names)
+
+    def test_links_to_folders_are_not_followed_and_a_warning_says_so(self, tree: Path, tmp_path_factory: Any) -> None:
+        elsewhere = tmp_path_factory.mktemp("elsewhere")
+        (elsewhere / "z.png").touch()
+        for name in ("b-link", "sub/link.png", ".hidden-link", ".hidden/link"):
+            (tree / name).symlink_to(elsewhere)
+        (tree / "file.png").symlink_to(elsewhere / "z.png")
+        (tree / "loop.png").symlink_to(tree / "loop.png")
+        said: list[str] = []
+        sink = logger.add(lambda message: said.append(message.record["message"]), level="WARNING")
+        try:
+            found = [item.id for item in items(tree)]
+            whole, said[:] = said[:], []
+            assert [item.id for item in items(f"{tree}/*.png")] == ["b.png", "file.png", "loop.png"]
+            assert said == [], "a glob that goes no deeper leaves out no file below them"
+        finally:
+            logger.remove(sink)
+        good = ["a.JPG", "b.png", "file.png", "loop.png", "sub/d.webp", "sub/deep/e.gif", "sub/h.avif"]
+        assert found == good
+        (warning,) = whole
+        assert f"there are 2, the first is {str(tree / 'b-link')!r}" in warning and "SOURCE" in warning
 
     def test_what_is_not_there(self, tmp_path: Path) -> None:
         with pytest.raises(SettingsError, match="none"):
