@@ -39,6 +39,9 @@ _COMMAND = (
 )
 
 
+State = tuple[int | None, int | None]  # a file's bytes and last change (microseconds since 1970), None if unknown
+
+
 @dataclass(frozen=True)
 class Uri:
     """An object of a file system that pyarrow opens. `look`: ask for its state too, which costs a request."""
@@ -49,15 +52,16 @@ class Uri:
 
 @dataclass(frozen=True)
 class Section:
-    """The `length` bytes at `offset` of a file: a local path, or a URI that pyarrow opens."""
+    """The `length` bytes at `offset` of a file: a local path, or a URI that pyarrow opens. `file` is the state that it must
+    have, or what is there is another file's."""
 
     address: str
     offset: int
     length: int
+    file: State = (None, None)
 
 
 Source = bytes | os.PathLike[str] | Uri | Section
-State = tuple[int | None, int | None]
 Reply = tuple[int, int] | ClipfleetError  # (width, height), with the pixels following, or what is wrong
 
 
@@ -67,7 +71,7 @@ class DecodeProcess:
     def __init__(self, spec: PixelSpec, limits: ImageLimits = DEFAULT_LIMITS) -> None:
         self.spec = spec
         self.limits = limits
-        # Of the last image, if it was a Uri with `look`: its bytes and last change (microseconds since 1970), None if unknown.
+        # Of the last image, if it was a Uri with `look`.
         self.state: State = (None, None)
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
@@ -189,12 +193,25 @@ def _read_section(section: Section, limits: ImageLimits) -> bytes:
     with _errors_of(section.address):
         if "://" in section.address:
             content = _open_remote(section.address).read_at(wanted, section.offset)
+            now, unit = (
+                _look(section.address),
+                1_000_000,
+            )  # listings of S3 have milliseconds, answers for an object seconds
         else:
             with open(section.address, "rb") as file:
                 content = os.pread(file.fileno(), wanted, section.offset)
-    if len(content) < wanted:
-        raise ImageUnreadable(f"{section.address!r} has become shorter than it was when it was listed")
+                status = os.fstat(file.fileno())
+            now, unit = (status.st_size, status.st_mtime_ns // 1000), 1
+    if len(content) < wanted or not _agree(section.file, now, unit):
+        raise ImageUnreadable(f"{section.address!r} has changed since it was listed, while the job ran")
     return content
+
+
+def _agree(listed: State, now: State, unit: int) -> bool:
+    """Whether two states can be one file's, times compared in units of so many microseconds."""
+    sizes_differ = None not in (listed[0], now[0]) and listed[0] != now[0]
+    times = [time // unit for time in (listed[1], now[1]) if time is not None]
+    return not sizes_differ and len(set(times)) < 2
 
 
 @contextmanager

@@ -21,9 +21,13 @@ import pyarrow.parquet as pq
 
 from benchmarks import data
 from benchmarks.processes import below
+from clipfleet.encoder import Encoder
+from clipfleet.image_files import ImageLimits
+from clipfleet.images import decode
 from faults.served import ROOT
 
 BROKEN_EVERY = 100
+SAMPLE = 32  # photographs whose vectors are compared with the library's
 PLACE = ROOT / "build" / "faults" / "job"
 _WORKERS = ("MapBatches", "MapWorker", "_MapWorker")
 
@@ -208,6 +212,23 @@ def problems(dest: Path, source: Images) -> list[str]:
     apart = max((float(np.ptp(np.stack(each), axis=0).max()) for each in of_photograph.values()), default=0.0)
     if apart > 1e-4:
         found.append(f"vectors of the same photograph differ by {apart:.1g}")
+    found += _unlike_the_library(of_photograph)
     if not (dest / "_clipfleet.json").exists():
         found.append("no summary")
+    return found
+
+
+def _unlike_the_library(of_photograph: dict[int, list[np.ndarray]]) -> list[str]:
+    """What is wrong with a sample of vectors, beside those of the library's encoder for the same files."""
+    sample = random.sample(sorted(of_photograph), min(SAMPLE, len(of_photograph)))
+    if len(sample) < 2:
+        return ["no vectors to compare with the library's"]
+    files, encoder = data.files(data.photographs(data.LIBRARY_FILES)), Encoder("tiny", "cpu", towers=("image",))
+    limits = ImageLimits(reduced_jpeg=True)  # as the jobs here have it
+    pixels = [decode(files[number].read_bytes(), encoder.checkpoint.pixels, limits)[0] for number in sample]
+    expected = encoder.encode_pixels(np.stack(pixels))  # (n, d)
+    apart = max(float(np.abs(np.stack(of_photograph[n]) - e).max()) for n, e in zip(sample, expected, strict=True))
+    found = [f"vectors differ from the library's by {apart:.1g}"] if apart > 1e-5 else []
+    if float(np.ptp(np.stack([of_photograph[number][0] for number in sample]), axis=0).max()) < 1e-3:
+        found.append("vectors of different photographs are alike")
     return found

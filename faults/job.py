@@ -20,8 +20,10 @@ from faults.report import Row
 
 KILLS = ("driver",) * 3 + ("worker",) * 3 + ("all",) * 2 + ("node",) * 2
 ROWS_PER_FILE = 222  # at 224 px
+BATCH = 32
 _SMALL = 900  # images of the short faults
 _FAST = "--reduced-jpeg"
+NOT_REFUSED = "second jobs not refused"
 
 
 def measure(count: int) -> list[Row]:
@@ -47,7 +49,7 @@ def killed(count: int) -> Row:
             for number, what in enumerate(random.sample(KILLS, len(KILLS))):
                 job = _running(job, source, dest, Path(folder), seen, random.randrange(files * 9 // 10), left)
                 if number == 0:
-                    seen["second jobs refused"] += _is_refused(source, dest)
+                    seen["second jobs refused" if _is_refused(source, dest) else NOT_REFUSED] += 1
                 while_writing = number % 3 == 0 and _until_writing(job, dest)
                 time.sleep(0 if while_writing else random.uniform(0, 2))
                 if job.kill(what):
@@ -73,6 +75,12 @@ def killed(count: int) -> Row:
         wrong.append(f"{len(left)} processes left")
     needed = count - len(source.broken)
     kills = sum(times for what, times in seen.items() if what.startswith(KILLS))
+    if not 0 <= encoded - needed <= kills * (ROWS_PER_FILE + BATCH):  # what docs/reliability.md says
+        wrong.append(
+            f"{encoded - needed} rows encoded twice, which is more than a file and a batch a kill, or none noted"
+        )
+    if seen[NOT_REFUSED] or not seen["second jobs refused"]:
+        wrong.append("a second job was not refused")
     listed = ", ".join(f"{times} x {what}" for what, times in sorted(seen.items()))
     outcome = f"{'; '.join(wrong) or 'each id once, none missing'}; {encoded - needed} of {needed} rows encoded twice; {listed}"
     return Row(

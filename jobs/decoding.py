@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from clipfleet.checkpoint import PixelSpec
 from clipfleet.decode_process import DecodeProcess, Reply, Section, Uri
 from clipfleet.errors import ClipfleetError, ImageEmpty, ImageNotFound, JobError
 from clipfleet.image_files import ImageLimits
+from jobs.items import BytesManifest
+from jobs.manifests import opened_as_planned
 from jobs.places import UNKNOWN, FileState, is_uri, look
 from jobs.tasks import read_task
 
@@ -37,8 +38,7 @@ class DecodePlan:
     spec: PixelSpec
     limits: ImageLimits
     rows_per_file: int
-    manifest: str | None
-    bytes_column: str | None
+    manifest: BytesManifest | None
 
 
 @lru_cache(maxsize=1)
@@ -119,9 +119,9 @@ def unpack(row: int, batch: pa.Table, size: tuple[int, int]) -> tuple[pa.Table, 
 
 
 def _contents(table: pa.Table, plan: DecodePlan) -> Iterator[Content]:
-    if plan.manifest is None or plan.bytes_column is None:
+    if plan.manifest is None:
         return map(_locate, table.to_pylist())
-    return _from_manifest(plan.manifest, plan.bytes_column, table.column("row").to_pylist())
+    return _from_manifest(plan.manifest, table.column("row").to_pylist())
 
 
 def _locate(row: dict[str, Any]) -> Content:
@@ -131,26 +131,25 @@ def _locate(row: dict[str, Any]) -> Content:
         return ImageNotFound.code
     path = row["place"].decode("utf-8", "surrogateescape")
     if row["offset"] is not None:
-        return Section(path, row["offset"], row["length"])
+        return Section(path, row["offset"], row["length"], (row["whole"], row["modified"]))
     return Uri(path, look=row["size"] is None) if is_uri(path) else Path(path)
 
 
-def _from_manifest(manifest: str, column: str, wanted: list[int]) -> Iterator[Content]:
+def _from_manifest(manifest: BytesManifest, wanted: list[int]) -> Iterator[Content]:
     """The bytes in rows `wanted` (ascending) of a Parquet file, read once from the first row group that has one."""
     try:
-        with pq.ParquetFile(manifest) as file:
+        with opened_as_planned(manifest) as (file, check):
             starts = np.cumsum([0] + [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)])
             first, last = np.searchsorted(starts, [wanted[0], wanted[-1]], side="right") - 1
             number = int(starts[first])
             rest = iter(wanted)
             row = next(rest, None)
-            for batch in file.iter_batches(64, row_groups=list(range(first, last + 1)), columns=[column]):
+            for batch in file.iter_batches(64, row_groups=list(range(first, last + 1)), columns=[manifest.column]):
+                check()
                 while row is not None and row < number + len(batch):
                     content = batch.column(0)[row - number].as_py()
                     yield ImageEmpty.code if content is None else content
                     row = next(rest, None)
                 number += len(batch)
     except (OSError, pa.ArrowException) as error:
-        raise JobError(f"cannot read the manifest {manifest!r}: {error}") from error
-    if row is not None:
-        raise JobError(f"the manifest {manifest!r} changed while the job ran: it has no row {row} any more")
+        raise JobError(f"cannot read the manifest {manifest.path!r}: {error}") from error

@@ -72,18 +72,27 @@ def claim(dest: str) -> Iterator[Claim]:
     except (FileExistsError, NotADirectoryError):
         raise SettingsError(f"DEST {str(folder)!r} is no folder") from None
     except OSError as error:
-        raise JobError(f"cannot write to DEST {str(folder)!r}: {error.strerror or error}") from error
+        raise _cannot_claim(folder, error) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise JobError(f"another job is writing to {str(folder)!r}; wait for it, or choose another DEST") from None
+        except OSError as error:  # a file system without locks
+            raise _cannot_claim(folder, error) from error
         claimed = Claim(folder, secrets.token_hex(8))
-        _shut_others_out(claimed)
+        try:
+            _shut_others_out(claimed)
+        except OSError as error:
+            raise _cannot_claim(folder, error) from error
         try:
             yield claimed
         finally:
             shutil.rmtree(claimed.scratch, ignore_errors=True)
+
+
+def _cannot_claim(folder: Path, error: OSError) -> JobError:
+    return JobError(f"cannot write to DEST {str(folder)!r}: {error.strerror or error}")
 
 
 def _shut_others_out(claimed: Claim) -> None:

@@ -28,7 +28,7 @@ from jobs.items import Source
 from jobs.local_ray import DECODE_CPUS, Resources, connected, place, quiet_data
 from jobs.options import EmbedOptions
 from jobs.parts import Origin
-from jobs.places import is_uri
+from jobs.places import is_uri, local_path, split_query, without_secrets
 from jobs.planning import PIXEL_BYTES, Work, plan
 from jobs.progress import Progress
 from jobs.sources import COMPRESSED, TAR, open_files
@@ -75,17 +75,24 @@ def run(options: EmbedOptions, *, progress: bool = True) -> Summary:
 
 
 def _open_source(options: EmbedOptions) -> Source:
-    path = options.source
+    path = local_path(options.source)
     if not is_uri(path) and os.path.isfile(os.path.expanduser(path)):
         if path.lower().endswith(manifests.SUFFIXES):
             return manifests.open_manifest(options)
         if not path.lower().endswith((TAR, *COMPRESSED)):
             known = ", ".join((TAR, *manifests.SUFFIXES))
             raise SettingsError(f"{path!r} is no manifest; give a folder, a glob, or {known}")
+    remote = is_uri(path) and split_query(path)[0].lower().endswith(manifests.SUFFIXES)
     for name in ("path_column", "bytes_column", "id_column"):
         if getattr(options, name):
-            raise SettingsError(f"{name} is for manifests, and {path!r} is none")
-    return open_files(path)
+            what = "a manifest must be a local file, and" if remote else f"{name} is for manifests, and"
+            raise SettingsError(f"{what} {without_secrets(path)!r} is none")
+    try:
+        return open_files(path)
+    except SettingsError as error:
+        if remote:
+            raise SettingsError(f"{error.message}; a manifest must be a local file") from error
+        raise
 
 
 def _plan(options: EmbedOptions, source: Source, checkpoint: Checkpoint, origin: Origin, claimed: Claim) -> Work:
@@ -124,7 +131,6 @@ def _execute(
             ImageLimits(reduced_jpeg=options.reduced_jpeg),
             work.rows_per_file,
             work.source.manifest,
-            work.source.bytes_column,
         )
         encode = EncodePlan(
             claimed, origin, options.format, options.points, _everywhere(checkpoint), options.device,

@@ -26,6 +26,7 @@ class State(IntEnum):
     GONE = 3  # its file was not there any more
     REDO = 4  # to be taken out of DEST and done again
     LOST = 5  # to be marked as gone
+    UNREAD = 6  # finished with an error that may have been its file system's, and have passed
 
 
 class Known(NamedTuple):
@@ -83,7 +84,8 @@ class Ledger:
     def mark_unnamed(self) -> None:
         """Mark as lost what DEST has and the source has not named."""
         self._db.execute(
-            "UPDATE ids SET state = ? WHERE named = 0 AND state IN (?, ?)", (State.LOST, State.FINISHED, State.FAILED)
+            "UPDATE ids SET state = ? WHERE named = 0 AND state IN (?, ?, ?)",
+            (State.LOST, State.FINISHED, State.FAILED, State.UNREAD),
         )
 
     def state(self, name: str) -> State:

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import csv
 
 from clipfleet.errors import JobError, SettingsError
-from jobs.items import Item, Source
+from jobs.items import BytesManifest, Item, Source
 from jobs.options import EmbedOptions
-from jobs.places import is_uri, printable, without_secrets
+from jobs.places import is_uri, local_path, printable, without_secrets
 
 DEFAULT_PATH_COLUMN = "path"
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
@@ -29,14 +30,14 @@ PARQUET = (".parquet", ".pq")
 JSON_LINES = (".jsonl", ".ndjson")
 SUFFIXES = (*PARQUET, *_SEPARATORS, *JSON_LINES)
 _ROWS = 8192
-_UNREADABLE = (OSError, ValueError, RecursionError, pa.ArrowException)
+_UNREADABLE = (OSError, ValueError, pa.ArrowException)
 
 Row = tuple[str | None, str | None]  # id, path
 
 
 def open_manifest(options: EmbedOptions) -> Source:
     """Open the manifest `options.source`. Raises SettingsError for columns that it does not have."""
-    path = os.path.abspath(os.path.expanduser(options.source))
+    path = os.path.abspath(os.path.expanduser(local_path(options.source)))
     try:
         names = _column_names(path)
     except _UNREADABLE as error:
@@ -51,17 +52,40 @@ def open_manifest(options: EmbedOptions) -> Source:
         return Source(_items(path, options.id_column, content))
     if not path.lower().endswith(PARQUET):
         raise SettingsError(f"bytes are read from Parquet alone, not from {path!r}; give a path column")
-    with pq.ParquetFile(path) as file:
+    with open(path, "rb") as opened, pq.ParquetFile(opened) as file:
+        status = os.fstat(opened.fileno())
         kind = file.schema_arrow.field(content).type
     if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
         raise SettingsError(f"column {content!r} of {path!r} holds {kind}, not binary")
     assert options.id_column is not None  # EmbedOptions refuses bytes without it
-    return Source(_items(path, options.id_column, None), path, content)
+    manifest = BytesManifest(path, content, status.st_size, status.st_mtime_ns)
+    return Source(_items(path, options.id_column, None, manifest), manifest)
 
 
-def _items(manifest: str, id_column: str | None, path_column: str | None) -> Iterator[Item]:
+@contextmanager
+def opened_as_planned(manifest: BytesManifest) -> Iterator[tuple[pq.ParquetFile, Callable[[], None]]]:
+    """The file, and a check to call after each reading of it: both raise JobError if it is not what it was at first."""
+    with open(manifest.path, "rb") as opened:
+
+        def check() -> None:
+            status = os.fstat(opened.fileno())
+            if (status.st_size, status.st_mtime_ns) != (manifest.size, manifest.modified):
+                raise JobError(
+                    f"the manifest {manifest.path!r} was changed while the job ran; run the command again. "
+                    "What is finished is kept"
+                )
+
+        check()
+        with pq.ParquetFile(opened) as file:
+            yield file, check
+
+
+def _items(
+    manifest: str, id_column: str | None, path_column: str | None, planned: BytesManifest | None = None
+) -> Iterator[Item]:
     folder = os.path.dirname(manifest)
-    for number, (name, path) in enumerate(_rows(manifest, id_column, path_column)):
+    rows = _planned_rows(planned, id_column) if planned and id_column else _rows(manifest, id_column, path_column)
+    for number, (name, path) in enumerate(rows):
         path = path or None  # an empty one would be the manifest's folder
         if id_column is None and not name:
             name = f"#{number}"
@@ -76,9 +100,8 @@ def _items(manifest: str, id_column: str | None, path_column: str | None) -> Ite
 
 def resolve(path: str, folder: str) -> str:
     """A manifest's path as a local path or the URI of another file system."""
-    if path.startswith("file://"):
-        return unquote(urlsplit(path).path)
-    return path if is_uri(path) else os.path.join(folder, path)
+    place = local_path(path)
+    return place if is_uri(place) else os.path.join(folder, place)
 
 
 def _encoded(path: str | None) -> bytes | None:
@@ -96,12 +119,10 @@ def _column_names(path: str) -> list[str]:
     if suffix in _SEPARATORS:
         with csv.open_csv(path, parse_options=_separated(suffix)) as reader:
             return reader.schema.names
-    with open(path, encoding="utf-8-sig") as lines:  # rows may differ; a slip in a name shows within the first ones
-        names: dict[str, None] = {}
-        for line in islice((line for line in lines if line.strip()), _ROWS):
-            row = json.loads(line)
-            names.update(dict.fromkeys(row if isinstance(row, dict) else ()))
-        return list(names)
+    names: dict[str, None] = {}
+    for _, row in islice(_json_lines(path), _ROWS):  # rows may differ; a slip in a name shows within the first ones
+        names.update(dict.fromkeys(row if isinstance(row, dict) else ()))
+    return list(names)
 
 
 def _separated(suffix: str) -> csv.ParseOptions:
@@ -121,6 +142,16 @@ def _rows(path: str, id_column: str | None, path_column: str | None) -> Iterator
         raise JobError(f"cannot read the manifest {path!r}: {error}") from error
 
 
+def _planned_rows(manifest: BytesManifest, id_column: str) -> Iterator[Row]:
+    try:
+        with opened_as_planned(manifest) as (file, check):
+            for batch in file.iter_batches(_ROWS, columns=[id_column]):
+                check()
+                yield from ((name, None) for name in _texts(batch.column(id_column)))
+    except _UNREADABLE as error:
+        raise JobError(f"cannot read the manifest {manifest.path!r}: {error}") from error
+
+
 def _batches(path: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
     suffix = Path(path).suffix.lower()
     if suffix in PARQUET:
@@ -137,14 +168,31 @@ def _texts(column: pa.Array) -> list[str | None]:
 
 
 def _json_rows(path: str, columns: list[str]) -> Iterator[Row]:
-    with open(path, encoding="utf-8-sig") as lines:
+    for number, row in _json_lines(path):
+        if not isinstance(row, dict):
+            raise ValueError(f"line {number} is no JSON object")
+        values = [row.get(column) for column in columns]
+        if any(isinstance(value, (dict, list)) for value in values):
+            raise ValueError(f"line {number}: ids and paths are texts or numbers")
+        texts = [None if value is None else str(value) for value in values]
+        yield texts[0], texts[-1]
+
+
+def _json_lines(path: str) -> Iterator[tuple[int, Any]]:
+    """The values of a JSON Lines file, with their lines' numbers from 1. Raises ValueError that names the line."""
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError(f"line {number} is no JSON object")
-                values = [row.get(column) for column in columns]
-                if any(isinstance(value, (dict, list)) for value in values):
-                    raise ValueError(f"line {number}: ids and paths are texts or numbers")
-                texts = [None if value is None else str(value) for value in values]
-                yield texts[0], texts[-1]
+                yield number, _json_value(line, number)
+
+
+def _json_value(line: str, number: int) -> Any:
+    try:
+        line.encode()  # bytes that are no UTF-8 were read as surrogates
+        return json.loads(line)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"line {number}, column {error.start + 1}: no UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {number}, column {error.pos + 1}: {error.msg}") from error
+    except RecursionError as error:
+        raise ValueError(f"line {number} is nested too deeply") from error

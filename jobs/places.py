@@ -6,7 +6,7 @@ import os
 import re
 from functools import lru_cache
 from typing import NamedTuple
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 from pyarrow import fs
 
@@ -30,6 +30,11 @@ def printable(name: str) -> str:
 
 def is_uri(path: str) -> bool:
     return "://" in path
+
+
+def local_path(place: str) -> str:
+    """A `file://` URI as a path of this machine; anything else as it is."""
+    return unquote(urlsplit(place).path) if place.startswith("file://") else place
 
 
 def split_query(uri: str) -> tuple[str, str]:

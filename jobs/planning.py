@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from clipfleet.checkpoint import PixelSpec
-from clipfleet.errors import JobError, SettingsError
+from clipfleet.errors import ImageNotFound, ImageUnreadable, JobError, SettingsError
 from jobs import output, parts
 from jobs.destination import Claim
 from jobs.items import Item, Source
@@ -24,6 +24,8 @@ PIXEL_BYTES = 32 * 2**20  # of one output file's images; a block of Ray Data hol
 _FILES_PER_BYTES_TASK = 16  # a task reads a manifest's row group from its start, so it should use much of it
 _LOOKS = 16  # at once: another machine's answer takes milliseconds
 _LOOKED_AT = 1024  # inputs whose answers wait for the slowest of them
+
+_MAY_PASS = (ImageNotFound.code, ImageUnreadable.code)  # of a file system that was away, too
 
 Retire = Callable[[list[str]], None]
 
@@ -87,6 +89,8 @@ def _record_finished(
                 known = State.FINISHED
             elif afresh and name.lower().endswith(TAR):  # a damaged tar's own row, which goes when the tar is mended
                 known = State.REDO
+            elif error in _MAY_PASS:
+                known = State.UNREAD
             else:
                 known = State.GONE if error == parts.GONE else State.FAILED
             other = ledger.record(name, known, len(files), state)
@@ -132,10 +136,14 @@ class _Choice:
             )
 
     def _is_wanted(self, known: Known, item: Item, now: FileState | None) -> bool:
-        if known.state in (State.NEW, State.REDO) or (known.state is State.FAILED and self.options.retry_errors):
+        if known.state in (State.NEW, State.REDO):
+            return True
+        if known.state in (State.FAILED, State.UNREAD) and self.options.retry_errors:
             return True
         if not self.options.changed or (_has_file(item) and now is None):
             return False
+        if known.state is State.UNREAD and _has_file(item) and item.error is None:
+            return True
         # A file system that does not answer is no reason to take a row for outdated.
         return known.state is State.GONE or (_has_file(item) and now not in (UNKNOWN, known.file))
 

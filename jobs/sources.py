@@ -1,9 +1,9 @@
 """What there is to embed: the images of a folder or a glob, listed in a fixed order without holding them all.
 
-Names are sorted folder by folder. Hidden files and folders (a leading dot) are left out, symbolic links to files
-are followed, those to folders are not. A folder gives the files with a suffix of an accepted format, in either
-case; other files in it are no images and are ignored. A glob gives every file that it matches. Where tar shards are
-found instead, their members are what there is to embed (tars.py).
+Names are sorted folder by folder. Hidden files and folders (a leading dot) are left out, symbolic links to
+files are followed, those to folders are not, and a warning says so. A folder gives the files with a suffix of
+an accepted format, in either case; other files in it are no images and are ignored. A glob gives every file
+that it matches. Where tar shards are found instead, their members are what there is to embed (tars.py).
 """
 
 from __future__ import annotations
@@ -13,19 +13,31 @@ import os
 import pickle
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import IO, NamedTuple
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote
 
+from loguru import logger
 from pyarrow import fs
 
 from clipfleet.errors import JobError, SettingsError
 from clipfleet.image_files import SUFFIXES
 from jobs.items import Item, Source
-from jobs.places import UNKNOWN, FileState, is_uri, open_filesystem, printable, split_query, state_of, without_secrets
+from jobs.places import (
+    UNKNOWN,
+    FileState,
+    is_uri,
+    local_path,
+    open_filesystem,
+    printable,
+    split_query,
+    state_of,
+    without_secrets,
+)
 from jobs.tars import shard_items
 
 WILDCARDS = "*?["
@@ -33,8 +45,29 @@ TAR = ".tar"
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 _RUN = 500_000  # names of one folder that are sorted in memory at a time
 
-Entry = tuple[str, bool, FileState]  # name, whether it is a folder, what the listing tells of the file
+# Name, whether it is a folder (None: a link to one), what the listing tells of the file.
+Entry = tuple[str, bool | None, FileState]
 ListFolder = Callable[[str], Iterable[Entry]]
+
+
+@dataclass
+class Unfollowed:
+    """The links to folders that a listing has met."""
+
+    count: int = 0
+    first: str = ""
+
+    def note(self, path: str) -> None:
+        self.count, self.first = self.count + 1, self.first or path
+
+    def warn(self) -> None:
+        if self.count:
+            logger.warning(
+                "links to folders are not followed; there are {}, the first is {!r}. Name what they lead to as a SOURCE of "
+                "its own, or move it here",
+                self.count,
+                printable(self.first),
+            )
 
 
 class Base(NamedTuple):
@@ -55,8 +88,7 @@ class Base(NamedTuple):
 
 def open_files(source: str) -> Source:
     """List a folder, a glob or a tar. Raises SettingsError if there is no such thing."""
-    if source.startswith("file://"):
-        source = unquote(urlsplit(source).path)
+    source = local_path(source)
     if split_query(source)[0].lower().endswith(COMPRESSED):
         raise SettingsError(
             f"{without_secrets(source)!r} is compressed, and members of such a tar cannot be read in place; decompress it"
@@ -144,27 +176,34 @@ def _split(source: str) -> tuple[str, list[str]]:
 def _files(base: Base, patterns: list[str], list_folder: ListFolder) -> Iterator[Item]:
     hidden = any(part.startswith(".") for part in patterns)
     depth = None if not patterns or "**" in patterns else len(patterns)
-    for name, state in _walk(list_folder, base.inside, "", hidden, depth):
+    links = Unfollowed()
+    for name, state in _walk(list_folder, base.inside, "", hidden, depth, links):
         wanted = matches(name.split("/"), patterns) if patterns else name.lower().endswith((*SUFFIXES, TAR))
         if wanted:
             yield base.item(name, state)
     if not is_uri(base.written) and not os.path.isdir(base.inside):  # its files are not gone one by one
         raise JobError(f"the folder {printable(base.written)!r} has vanished while it was listed")
+    links.warn()
 
 
 def _walk(
-    list_folder: ListFolder, folder: str, prefix: str, hidden: bool, depth: int | None
+    list_folder: ListFolder, folder: str, prefix: str, hidden: bool, depth: int | None, links: Unfollowed
 ) -> Iterator[tuple[str, FileState]]:
     """Files below `folder` by their paths relative to the first one, at most `depth` levels down."""
     try:
         for name, is_folder, state in in_order(list_folder(folder)):
             if name.startswith(".") and not hidden:
                 continue
-            if not is_folder:
+            path = f"{folder.rstrip('/')}/{name}"
+            if is_folder is False:
                 yield prefix + name, state
-            elif depth != 1:
+            elif depth == 1:
+                continue
+            elif is_folder is None:
+                links.note(path)
+            else:
                 deeper = None if depth is None else depth - 1
-                yield from _walk(list_folder, f"{folder.rstrip('/')}/{name}", f"{prefix}{name}/", hidden, deeper)
+                yield from _walk(list_folder, path, f"{prefix}{name}/", hidden, deeper, links)
     except FileNotFoundError:
         return  # the folder vanished since its parent was listed
     except OSError as error:
@@ -174,7 +213,18 @@ def _walk(
 def _list_local(folder: str) -> Iterator[Entry]:
     with os.scandir(folder) as entries:
         for entry in entries:
-            yield entry.name, entry.is_dir(follow_symlinks=False), UNKNOWN  # a look at each file would cost a call each
+            # A look at each file would cost a call each; one at each link does.
+            folder_or_link = (
+                None if entry.is_symlink() and _leads_to_folder(entry) else entry.is_dir(follow_symlinks=False)
+            )
+            yield entry.name, folder_or_link, UNKNOWN
+
+
+def _leads_to_folder(link: os.DirEntry[str]) -> bool:
+    try:
+        return link.is_dir()
+    except OSError:  # a loop, or no right to look: reading it will tell
+        return False
 
 
 def matches(parts: list[str], patterns: list[str]) -> bool:

@@ -25,6 +25,7 @@ _BLOCK = 512
 _HEADER_BYTES = 2**20  # of one extended header: long names, and whatever else tar programs note down
 _REMOTE_WINDOW = 64 * 1024  # a request takes as long as reading this much
 _LOCAL_WINDOW = 4096
+_ZEROS = 2**20  # that are read at a time
 _LONG_NAME, _LONG_LINK, _EXTENDED, _EXTENDED_SUN, _GLOBAL, _SPARSE = b"L", b"K", b"x", b"X", b"g", b"S"
 _SPARSE_MORE = {True: 482, False: 504}  # where a sparse header, and its further blocks, say that another one follows
 
@@ -54,12 +55,12 @@ def shard_items(shard: Item) -> Iterator[Item]:
         with _opened(path) as (read_at, size):
             for member in members(read_at, size):
                 known = UNKNOWN if state == UNKNOWN else FileState(member.size, state.modified)
-                yield from _item(shard, member, known)
+                yield from _item(shard, member, size, known)
     except (Damaged, OSError):
         yield shard._replace(error=ImageUnreadable.code, state=state)
 
 
-def _item(shard: Item, member: Member, state: FileState) -> Iterator[Item]:
+def _item(shard: Item, member: Member, size: int, state: FileState) -> Iterator[Item]:
     parts = [part for part in member.name.split("/") if part not in ("", ".")]
     outside = ".." in parts
     hidden = any(part.startswith(".") and part != ".." for part in parts)
@@ -71,7 +72,7 @@ def _item(shard: Item, member: Member, state: FileState) -> Iterator[Item]:
         f"{shard.id}/{name}",
         f"{stem}/{name}{query}",
         shard.place,
-        (member.offset, member.size),
+        (member.offset, member.size, size),
         None if member.whole and not outside else ImageUnreadable.code,
         state,
     )
@@ -113,8 +114,13 @@ def members(read_at: ReadAt, size: int) -> Iterator[Member]:
     sparse = False
     while True:
         header = _header(read_at, offset)
-        if header is None:
-            return
+        if header is None:  # the end; or another tar follows, joined to this one, or what is left of a header's tar
+            if (name, length, sparse) != (None, None, False):
+                raise Damaged("an extended header stands before zeros")
+            offset = _behind_zeros(read_at, offset + _BLOCK, size)
+            if offset >= size:
+                return
+            continue
         offset += _BLOCK
         if header.type in (_LONG_NAME, _LONG_LINK, _EXTENDED, _EXTENDED_SUN, _GLOBAL):
             content = _extension(read_at, offset, header.size, size)
@@ -139,7 +145,7 @@ def members(read_at: ReadAt, size: int) -> Iterator[Member]:
 
 
 def _header(read_at: ReadAt, offset: int) -> tarfile.TarInfo | None:
-    """The header at `offset`; None for the zeros that end a tar."""
+    """The header at `offset`; None for a block of zeros, as they end a tar."""
     block = read_at(offset, _BLOCK)
     try:
         return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
@@ -149,6 +155,17 @@ def _header(read_at: ReadAt, offset: int) -> tarfile.TarInfo | None:
         if offset == 0:
             raise Damaged("it is no tar; a compressed one cannot be read in place") from error
         raise Damaged("it is cut or damaged" if block else "it is cut: the zeros that end a tar are missing") from error
+
+
+def _behind_zeros(read_at: ReadAt, offset: int, size: int) -> int:
+    """The next block that is not all zeros, from the one at `offset` on; `size` if there is none."""
+    while offset < size:
+        piece = read_at(offset, min(_ZEROS, size - offset))
+        rest = piece.lstrip(b"\0")
+        if rest or not piece:
+            return offset + (len(piece) - len(rest)) // _BLOCK * _BLOCK
+        offset += len(piece)
+    return size
 
 
 def _padded(size: int) -> int:

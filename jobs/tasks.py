@@ -18,6 +18,7 @@ SCHEMA = pa.schema(
         ("row", pa.int64()),
         ("offset", pa.int64()),
         ("length", pa.int64()),
+        ("whole", pa.int64()),  # bytes of the file that offset and length are in
         ("error", pa.string()),
         ("size", pa.int64()),
         ("modified", pa.int64()),  # microseconds since 1970
@@ -52,7 +53,7 @@ def read_task(folder: Path, number: int) -> pa.Table:
 
 def _task_row(item: Item) -> dict[str, object]:
     by_row = isinstance(item.place, int)
-    offset, length = item.section or (None, None)
+    offset, length, whole = item.section or (None, None, None)
     return {
         "id": item.id,
         "uri": item.uri,
@@ -60,6 +61,7 @@ def _task_row(item: Item) -> dict[str, object]:
         "row": item.place if by_row else None,
         "offset": offset,
         "length": length,
+        "whole": whole,
         "error": item.error,
         "size": item.state.size,
         "modified": item.state.modified,

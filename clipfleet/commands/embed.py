@@ -25,9 +25,10 @@ def embed(
     id_column: options.IdColumn = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images in one forward pass.")] = 32,
     actors: options.Actors = None,
-    retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Redo the rows that failed before.")] = False,
+    retry_errors: options.RetryErrors = False,
     changed: Annotated[
-        bool, typer.Option("--changed", help="Redo files whose size or time differs; mark rows whose files have gone.")
+        bool,
+        typer.Option("--changed", help="Redo files that differ or could not be read; mark rows whose files have gone."),
     ] = False,
     max_failures: Annotated[
         str | None, typer.Option(metavar="N|N%", help="Status 1 where more rows than that failed, in all of DEST.")

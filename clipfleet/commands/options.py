@@ -12,6 +12,7 @@ _DEVICE_HELP = "auto, cpu, cuda or cuda:N."
 _PRECISION_HELP = "float32, float16, bfloat16, or int8 on CPUs."
 _ENGINE_HELP = "auto, torch or openvino."
 
+RetryErrors = Annotated[bool, typer.Option("--retry-errors", help="Redo the rows that failed before.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
 
 # Those of a checkpoint in this process; the Any ones leave it to a config file.

@@ -39,7 +39,7 @@ class Planned:
         work = self.work
         decode = DecodePlan(
             work.tasks, self.claimed.scratch / "stop", TINY.pixels, DEFAULT_LIMITS, work.rows_per_file,
-            work.source.manifest, work.source.bytes_column,
+            work.source.manifest,
         )  # fmt: skip
         for table in decode_tasks({"item": np.arange(work.task_count)}, decode):
             for row in range(table.num_rows):

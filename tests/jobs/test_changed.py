@@ -119,6 +119,36 @@ def test_manifests_and_tars(source: Path, tmp_path: Path, files: list[bytes]) ->
     assert errors(read(tmp_path / "members")) == {"s.tar/a.png": "gone"}
 
 
+def test_what_could_not_be_read_is_done_again_though_it_is_the_same_file(
+    source: Path, tmp_path: Path, files: list[bytes]
+) -> None:
+    """As after an outage of the file system that it is on."""
+    dest, rows = tmp_path / "out", {"00.png": "file_unreadable", "01.png": "file_not_found", "02.png": "image_corrupt"}
+    embedded(source, dest)
+    for part in dest.glob("part-*"):
+        table = pq.read_table(part)
+        codes = [rows.get(row["id"], row["error"]) for row in table.to_pylist()]
+        column = table.column_names.index("error")
+        pq.write_table(table.set_column(column, table.schema.field(column), [codes]), part)
+    assert embedded(source, dest) == []
+    away = source / "01.png"
+    away.rename(tmp_path / "01.png")
+    assert embedded(source, dest, changed=True) == ["00.png"], "where there is no file, nothing can have got better"
+    assert errors(read(dest))["01.png"] == "gone"
+    (tmp_path / "01.png").rename(away)
+    assert embedded(source, dest, changed=True) == ["01.png"]
+    assert errors(read(dest)) == {"02.png": "image_corrupt", "bad.png": "image_format_unsupported"}
+    assert embedded(source, dest, changed=True) == []
+    assert embedded(source, dest, retry_errors=True) == ["02.png", "bad.png"]
+
+
+def test_a_member_that_its_header_rules_out_is_not_tried_each_time(tmp_path: Path, files: list[bytes]) -> None:
+    tar = make_tar(tmp_path / "s.tar", {"../out.png": files[0], "a.png": files[1]})
+    assert len(embedded(tar, tmp_path / "out")) == 2
+    assert errors(read(tmp_path / "out")) == {"s.tar/../out.png": "file_unreadable"}
+    assert embedded(tar, tmp_path / "out", changed=True) == []
+
+
 def test_killed_between_the_plan_and_the_work_nothing_is_lost(source: Path, tmp_path: Path) -> None:
     """The old rows are out of DEST by then, so that an id can be there once at most; the next start does the files."""
     dest = tmp_path / "out"
@@ -155,9 +185,11 @@ def test_a_tar_that_cannot_be_read_loses_no_member(tmp_path: Path, files: list[b
     dest = tmp_path / "out"
     assert len(embedded(tmp_path / "tars", dest)) == 6
     whole = tars[0].read_bytes()
-    tars[0].write_bytes(whole[:700])
-    embedded(tmp_path / "tars", dest, changed=True)
-    assert "gone" not in errors(read(dest)).values()
+    for damaged in (whole[:700], bytes(512) + whole[512:]):
+        tars[0].write_bytes(damaged)
+        embedded(tmp_path / "tars", dest, changed=True)
+        assert "gone" not in errors(read(dest)).values()
+        assert errors(read(dest))["a.tar"] == "file_unreadable"
     tars[0].write_bytes(whole)
     embedded(tmp_path / "tars", dest, changed=True)
     assert errors(read(dest)) == {} and len(read(dest)) == 6

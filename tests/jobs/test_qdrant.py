@@ -59,6 +59,12 @@ def test_a_job_fills_a_collection_and_changes_it(tmp_path: Path, files: list[byt
         with running(BIN / "clipfleet", "index", source, *options, folder=own) as command:
             assert command.wait(300) == 3, command.err
             assert json.loads(command.out)["gone"] == 1 and json.loads(command.out)["failed"] == 1
+        with running(BIN / "clipfleet", "index", source, *options[:-1], folder=own) as command:
+            assert command.wait(300) == 3 and "--retry-errors does those again" in command.out, command.err
+        (advised,) = (word for word in command.out.split() if word.startswith("--"))
+        with running(BIN / "clipfleet", "index", source, *options, advised, folder=own) as command:
+            assert command.wait(300) == 3, command.err
+            assert json.loads(command.out)["skipped"] == 11, "all but the row that failed"
     assert points(folder).keys() == vectors(read(dest)).keys() == {*expected, "bad.png"} - {"00.png", "01.png"}
     assert errors(read(dest)) == {"00.png": "image_format_unsupported", "01.png": "gone"}
     with_thumbnail = points(folder)["bad.png"].payload

@@ -16,7 +16,7 @@ from jobs.sources import open_files
 from tests.deployments.processes import until
 from tests.deployments.service import BIN, free_ports
 from tests.jobs.job import embed, errors, read, vectors
-from tests.jobs.planned import embedded
+from tests.jobs.planned import embedded, planned
 from tests.jobs.test_tars import make_tar
 
 SECRET = "the-secret"
@@ -112,6 +112,17 @@ def test_a_manifest_of_objects(bucket: Bucket, tmp_path: Path, files: list[bytes
     assert errors(read(tmp_path / "out")) == {"b": "gone"}
 
 
+def test_a_manifest_must_be_a_local_file(bucket: Bucket, tmp_path: Path) -> None:
+    bucket.put("m/list.csv", b"path\na.png\n")
+    for options in ({}, {"path_column": "path"}):
+        with (
+            pytest.raises(SettingsError, match="a manifest must be a local file") as refused,
+            planned(bucket.uri("m/list.csv"), tmp_path, **options),
+        ):
+            pass
+        assert SECRET not in str(refused.value)
+
+
 def test_tars(bucket: Bucket, tmp_path: Path, files: list[bytes]) -> None:
     tar = make_tar(tmp_path / "s.tar", {f"{number}.png": data for number, data in enumerate(files)}).read_bytes()
     bucket.put("tars/a.tar", tar)
@@ -120,5 +131,12 @@ def test_tars(bucket: Bucket, tmp_path: Path, files: list[bytes]) -> None:
     assert ids[:12] == [f"a.tar/{number}.png" for number in range(12)] and ids[-1] == "b.tar"
     assert errors(read(tmp_path / "out")) == {"b.tar": "file_unreadable"}
     assert embedded(bucket.uri("tars/a.tar"), tmp_path / "one") == ids[:12]
+    with planned(bucket.uri("tars/a.tar"), tmp_path / "replaced", rows_per_file=4) as run:
+        decoded = run.decoded()
+        assert errors(next(decoded)[0]) == {}
+        time.sleep(1.1)
+        bucket.put("tars/a.tar", tar)  # of the same size
+        later = [errors(rows) for rows, _ in decoded]
+        assert later[-1] == dict.fromkeys(ids[8:12], "file_unreadable"), "through a connection that was open"
     uri = read(tmp_path / "one").column("uri")[0].as_py()
     assert uri == f"s3://pictures/tars/a.tar/0.png{bucket.query}"

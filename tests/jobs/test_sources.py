@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from loguru import logger
 
 from clipfleet.errors import ClipfleetError, JobError, SettingsError
 from jobs.embed_images import run
@@ -21,7 +22,9 @@ from jobs.places import UNKNOWN, FileState
 from jobs.sources import in_order, matches, open_files
 from jobs.summary import exit_status
 from jobs.tolerance import Tolerance
-from tests.jobs.job import embed, errors, read, summary, vectors
+from tests.deployments.processes import until
+from tests.jobs.job import embed, embedding, errors, read, summary, vectors
+from tests.jobs.planned import embedded, planned
 
 
 def items(source: Path | str) -> list[Item]:
@@ -74,6 +77,27 @@ class TestFiles:
         names = [(f"{number * 7919 % 1000:03d}", False, UNKNOWN) for number in range(1000)]
         assert list(in_order(iter(names), run=64)) == sorted(names)
 
+    def test_links_to_folders_are_not_followed_and_a_warning_says_so(self, tree: Path, tmp_path_factory: Any) -> None:
+        elsewhere = tmp_path_factory.mktemp("elsewhere")
+        (elsewhere / "z.png").touch()
+        for name in ("b-link", "sub/link.png", ".hidden-link", ".hidden/link"):
+            (tree / name).symlink_to(elsewhere)
+        (tree / "file.png").symlink_to(elsewhere / "z.png")
+        (tree / "loop.png").symlink_to(tree / "loop.png")
+        said: list[str] = []
+        sink = logger.add(lambda message: said.append(message.record["message"]), level="WARNING")
+        try:
+            found = [item.id for item in items(tree)]
+            whole, said[:] = said[:], []
+            assert [item.id for item in items(f"{tree}/*.png")] == ["b.png", "file.png", "loop.png"]
+            assert said == [], "a glob that goes no deeper leaves out no file below them"
+        finally:
+            logger.remove(sink)
+        good = ["a.JPG", "b.png", "file.png", "loop.png", "sub/d.webp", "sub/deep/e.gif", "sub/h.avif"]
+        assert found == good
+        (warning,) = whole
+        assert f"there are 2, the first is {str(tree / 'b-link')!r}" in warning and "SOURCE" in warning
+
     def test_what_is_not_there(self, tmp_path: Path) -> None:
         with pytest.raises(SettingsError, match="none"):
             items(tmp_path / "none")
@@ -122,6 +146,25 @@ class TestManifests:
             (tmp_path / name).write_bytes(content)
             with pytest.raises(ClipfleetError, match=name):
                 listed(tmp_path / name)
+
+    @pytest.mark.parametrize(
+        ("line", "words"),
+        [
+            (b'{"path": }', "line 3, column 10: Expecting value"),
+            (b'{"path": "a"', "line 3, column 1[34]: Expecting"),
+            (b'{"path": "\xff.png"}', "line 3, column 11: no UTF-8"),
+            (b"[" * 100_000, "line 3 is nested too deeply"),
+            (b"7", "line 3 is no JSON object"),
+        ],
+    )
+    @pytest.mark.parametrize("rows", [1, 10_000], ids=["among the first", "later"])
+    def test_a_broken_json_line_is_named(self, tmp_path: Path, line: bytes, words: str, rows: int) -> None:
+        good = b'{"path": "a.png"}\n'
+        manifest = tmp_path / "list.jsonl"
+        manifest.write_bytes(good + b"\n" * rows + good * (rows - 1) + line + b"\n" + good)
+        words = words.replace("line 3", f"line {2 * rows + 1}")
+        with pytest.raises(ClipfleetError, match=rf"list\.jsonl': {words}"):
+            listed(manifest)
 
 
 class TestOptions:
@@ -211,6 +254,44 @@ def test_bytes_in_parquet_become_vectors(tmp_path: Path, files: list[bytes]) -> 
     assert errors(table) == {"100": "image_empty", "101": "image_empty", "102": "image_format_unsupported"}
 
 
+@pytest.mark.parametrize("in_place", [False, True], ids=["renamed over", "rewritten"])
+def test_a_manifest_of_bytes_that_is_another_one_stops_the_job(
+    tmp_path: Path, files: list[bytes], in_place: bool
+) -> None:
+    """Its rows are known by their numbers; the other file's have other ids."""
+    rows = [{"sku": str(number), "image": data} for number, data in enumerate(files)]
+    manifest = write_manifest(tmp_path / "m.parquet", rows)
+    other = write_manifest(tmp_path / "other.parquet", rows[::-1])
+    options = {"bytes_column": "image", "id_column": "sku"}
+    with planned(manifest, tmp_path / "out", rows_per_file=4, **options) as run:
+        decoded = run.decoded()
+        assert next(decoded)[0].column("id").to_pylist() == ["0", "1", "2", "3"]
+        if in_place:
+            manifest.write_bytes(other.read_bytes())
+            assert len(list(decoded)) == 2, "read before"
+        else:
+            other.replace(manifest)
+            assert len(list(decoded)) == 2, "of the file that is open"
+        with pytest.raises(JobError, match=r"m\.parquet' was changed while the job ran; run the command again"):
+            list(run.decoded())
+    assert embedded(manifest, tmp_path / "out", **options) == [row["sku"] for row in rows[::-1]]
+
+
+def test_a_job_whose_manifest_of_bytes_is_changed_ends_with_one_line(tmp_path: Path, files: list[bytes]) -> None:
+    rows = [{"sku": str(number), "image": data} for number, data in enumerate(files)]
+    manifest = write_manifest(tmp_path / "m.parquet", rows)
+    other = write_manifest(tmp_path / "other.parquet", rows[::-1])
+    dest = tmp_path / "out"
+    with embedding(manifest, dest, "--bytes-column", "image", "--id-column", "sku") as command:
+        until(lambda: command.ended or any(dest.glob(".clipfleet/run-*/tasks/*")), 120, "a plan")
+        other.replace(manifest)  # while its Ray starts
+        assert command.wait(120) == 1
+        assert command.err == (
+            f"clipfleet: the manifest {str(manifest)!r} was changed while the job ran; run the command again. "
+            "What is finished is kept\n"
+        )
+
+
 def test_a_manifest_of_paths(tmp_path: Path, picture_files: list[Path]) -> None:
     rows = [{"file": str(file), "sku": f"{number:03d}"} for number, file in enumerate(picture_files)]
     rows.append({"file": "gone.png", "sku": "gone"})
@@ -252,6 +333,11 @@ def test_a_dest_that_can_be_no_folder_is_wrong_usage(tmp_path: Path, picture_fil
                 source=str(picture_files[0].parent), dest=dest if ":" in dest else str(tmp_path / dest), model="tiny"
             )
         )
+
+
+def test_a_manifest_by_its_file_uri(tmp_path: Path, picture_files: list[Path]) -> None:
+    manifest = write_manifest(tmp_path / "a list.csv", [{"path": str(file)} for file in picture_files])
+    assert embedded(manifest.as_uri(), tmp_path / "out") == [str(file) for file in picture_files]
 
 
 def test_columns_of_json_lines_may_come_late_and_a_mark_may_stand_first(tmp_path: Path) -> None:

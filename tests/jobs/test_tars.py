@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from clipfleet.images import load_image
 from jobs.items import Item
 from jobs.sources import open_files
 from jobs.tars import Damaged, members
+from tests.deployments.broken import BROKEN
 from tests.jobs.job import embed, errors, read, summary
-from tests.jobs.planned import planned
+from tests.jobs.planned import embedded, planned
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 
@@ -91,6 +93,56 @@ def test_damaged_tars_are_rows_under_their_own_names(tmp_path: Path) -> None:
     }
 
 
+def test_zeros_end_a_tar_only_where_nothing_follows_them(tmp_path: Path) -> None:
+    """Joined tars are read whole; a header that became zeros is damage, and not the end."""
+    first = make_tar(tmp_path / "first.tar", {"a.png": b"a" * 700, "b.png": b"b" * 700}, FORMATS["gnu"]).read_bytes()
+    second = make_tar(tmp_path / "second.tar", {"c.png": b"c" * 700, "d.png": b""}, FORMATS["pax"]).read_bytes()
+    long = make_tar(tmp_path / "long.tar", {"x" * 200 + ".png": b"", "e.png": b""}, FORMATS["gnu"]).read_bytes()
+    folder = tmp_path / "tars"
+    folder.mkdir()
+    for name, data in {
+        "joined.tar": first + second,
+        "padded.tar": first + bytes(3 * 2**20),
+        "zeroed.tar": first[:1536] + bytes(512) + first[2048:],
+        "zeroed-first.tar": bytes(512) + first[512:],
+        "zeroed-after-its-name.tar": long[:1024] + bytes(512) + long[1536:],
+    }.items():
+        (folder / name).write_bytes(data)
+    found = {item.id: item.error for item in items(folder)}
+    assert found == {
+        **dict.fromkeys(f"joined.tar/{name}.png" for name in "abcd"),
+        **dict.fromkeys(("padded.tar/a.png", "padded.tar/b.png", "zeroed.tar/a.png")),
+        **dict.fromkeys(("zeroed.tar", "zeroed-first.tar", "zeroed-after-its-name.tar"), "file_unreadable"),
+    }
+
+
+@pytest.mark.parametrize("kept", ["size", "time"])
+def test_a_tar_that_is_replaced_while_the_job_runs(tmp_path: Path, files: list[bytes], kept: str) -> None:
+    """What lies at the planned places is another file's; --changed mends the rows."""
+    names = [f"{number}.png" for number in range(4)]
+    content = dict(zip(names, files, strict=False))
+    tar, dest = make_tar(tmp_path / "s.tar", content), tmp_path / "out"
+    before = tar.stat()
+    with planned(tar, dest) as run:
+        new = make_tar(tmp_path / "new", {name: content[name] for name in names[::-1]} | {"more.png": b"more"})
+        if kept == "size":
+            with new.open("r+b") as file:
+                file.truncate(before.st_size)
+            os.utime(new, ns=(0, before.st_mtime_ns + 10**9))
+        else:
+            os.utime(new, ns=(0, before.st_mtime_ns))
+            with new.open("r+b") as file:
+                file.truncate(before.st_size + 10240)
+            os.utime(new, ns=(0, before.st_mtime_ns))
+        assert (new.stat().st_size == before.st_size) == (kept == "size")
+        new.replace(tar)
+        assert len(run.done()) == 4
+    assert errors(read(dest)) == {f"s.tar/{name}": "file_unreadable" for name in names}
+    make_tar(tar, dict(reversed(content.items())))
+    assert len(embedded(tar, dest, changed=True)) == 4
+    assert errors(read(dest)) == {}
+
+
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_damage_never_leads_astray(data: st.DataObject) -> None:
@@ -146,14 +198,16 @@ def test_members_are_decoded_in_place(tmp_path: Path, files: list[bytes]) -> Non
     tar = make_tar(tmp_path / "tars" / "s.tar", content)
     with planned(tar, tmp_path / "out", rows_per_file=5) as run:
         assert run.work.pending == len(content)
-        with tar.open("r+b") as shard:  # what the rest of a shard was, a shorter one does not have
-            shard.truncate(tar.stat().st_size - 21 * 2**20)
         found = list(run.decoded())
+        with tar.open("r+b") as shard:
+            shard.truncate(tar.stat().st_size - 21 * 2**20)
+        shorter = [code for rows, _ in run.decoded() for code in rows.column("error").to_pylist()]
         tar.unlink()
         gone = next(run.decoded())[0]
     table = [row for rows, _ in found for row in rows.to_pylist()]
     failed = {row["id"]: row["error"] for row in table if row["error"]}
-    assert failed == {"s.tar/cut.png": "image_corrupt", "s.tar/huge.png": "file_unreadable"}
+    assert failed == {"s.tar/cut.png": "image_corrupt", "s.tar/huge.png": BROKEN["over 20 MiB"].code}
+    assert shorter == ["file_unreadable"] * len(content)
     pixels = np.concatenate([each for _, each in found])
     assert all(np.array_equal(each, load_image(data)) for each, data in zip(pixels, files, strict=True))
     assert table[3]["size"] == len(files[3]) and table[3]["modified"] is not None
