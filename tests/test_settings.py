@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from clipfleet.errors import SettingsError
+from clipfleet.keys import hashed
 from clipfleet.settings import service_settings
 
 
@@ -51,7 +52,9 @@ def test_origins_are_written_as_browsers_write_them() -> None:
 
 def test_keys_come_from_file_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLIPFLEET_API_KEYS", "two, three,,")
-    assert service_settings({"model": "tiny", "api_keys": ["one"]}).api_keys == ("one", "two", "three")
+    assert service_settings({"model": "tiny", "api_keys": ["one"]}).api_keys == tuple(
+        map(hashed, ("one", "two", "three"))
+    )
     monkeypatch.delenv("CLIPFLEET_API_KEYS")
     assert service_settings({"model": "tiny"}).api_keys == ()
 
