@@ -1,8 +1,8 @@
 """A Qdrant collection: the job fills it with the vectors of its good rows, the service searches it.
 
 A point's id is the UUIDv5 of the row's id in the namespace of URLs, so a row that is uploaded twice is one point. The job
-uploads rows before their output file gets its name, and deletes them before they leave DEST: a finished file means that
-the collection has its rows.
+uploads rows before their output file gets its name, and deletes those that are gone before they leave DEST: a finished
+file means that the collection has its rows.
 """
 
 from __future__ import annotations
