@@ -193,10 +193,8 @@ def _read_section(section: Section, limits: ImageLimits) -> bytes:
     with _errors_of(section.address):
         if "://" in section.address:
             content = _open_remote(section.address).read_at(wanted, section.offset)
-            now, unit = (
-                _look(section.address),
-                1_000_000,
-            )  # listings of S3 have milliseconds, answers for an object seconds
+            # Listings of S3 have milliseconds, answers for an object seconds.
+            now, unit = _look(section.address), 1_000_000
         else:
             with open(section.address, "rb") as file:
                 content = os.pread(file.fileno(), wanted, section.offset)

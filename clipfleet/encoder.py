@@ -56,7 +56,7 @@ class Encoder:
         self._tokenizing = threading.Lock()  # a tokenizer keeps padding and truncation as state between its calls
         self.checkpoint = find_checkpoint(checkpoint) if isinstance(checkpoint, str) else checkpoint
         with _quiet_transformers(), _explained(self.checkpoint):
-            config: Any = AutoConfig.from_pretrained(self.checkpoint.folder)
+            config: Any = AutoConfig.from_pretrained(self.checkpoint.folder, trust_remote_code=False)
             self.dimension = _dimension(config)
             self.image_size: int = config.vision_config.image_size
             self.context_length: int = config.text_config.max_position_embeddings
@@ -77,7 +77,7 @@ class Encoder:
         folder, name = self.checkpoint.folder, self.checkpoint.name
         if not any((folder / file).is_file() for file in _TOKENIZER_FILES):  # transformers would make an empty one
             raise CheckpointUnsupported(f"checkpoint {name!r} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)}")
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if len(tokenizer) > config.text_config.vocab_size:
             raise CheckpointUnsupported(
                 f"checkpoint {name!r} is inconsistent: its tokenizer has {len(tokenizer)} tokens, its text tower "

@@ -22,7 +22,7 @@ from clipfleet.errors import (
 )
 from clipfleet.image_parts import check_parts
 from clipfleet.resize import check_pixels
-from clipfleet.tiff_directory import check_directory, check_exif
+from clipfleet.tiff_directory import check_exif
 
 SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif",
@@ -118,8 +118,6 @@ def open_image(data: bytes | bytearray | memoryview, limits: ImageLimits = DEFAU
         raise ImageFormatUnsupported(f"{found}; accepted are {', '.join(limits.formats)}", format=kind)
     data = data if isinstance(data, bytes) else bytes(data)
     check_parts(data, kind)
-    if kind == "TIFF":
-        check_directory(data)
     try:
         image = Image.open(io.BytesIO(data), formats=[kind])
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

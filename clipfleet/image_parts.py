@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from clipfleet.errors import ImageCorrupt
+from clipfleet.tiff_directory import check_directory
 
 _JPEG_SCANS, _JPEG_SEGMENTS, _JPEG_EXIF, _JPEG_FILL = 100, 500, 10, 100_000
 _PNG_CHUNKS, _GIF_BLOCKS = 10_000, 100_000
 _SCAN = b"\xff\xda"
+_TABLES = (0xDB, 0xDE)
 
 
 def check_parts(data: bytes, kind: str) -> None:
-    """Raises ImageCorrupt. Costs microseconds for what encoders write."""
+    """Raises ImageCorrupt or ImageFormatUnsupported. Costs microseconds for what encoders write."""
     if kind == "JPEG":
         _check_segments(data)
         # A scan may touch every pixel: 95 bytes cost as much as the rest of the file. Encoders write about ten.
@@ -21,6 +23,8 @@ def check_parts(data: bytes, kind: str) -> None:
         _check_chunks(data)
     elif kind == "GIF":
         _check_blocks(data)
+    elif kind == "TIFF":
+        check_directory(data)
 
 
 def _check_segments(data: bytes) -> None:
@@ -46,10 +50,7 @@ def _check_segments(data: bytes) -> None:
             length = max(2, int.from_bytes(data[start + 2 : start + 4], "big"))
             position = start + 2 + length
             exif += marker == 0xE1 and data.startswith(b"Exif\0\0", start + 4)
-            if 0xC0 <= marker <= 0xCF or marker in (
-                0xDB,
-                0xDE,
-            ):  # tables and frame headers, of which every byte is read
+            if 0xC0 <= marker <= 0xCF or marker in _TABLES:  # or a frame's header: every byte is read
                 fill += length
         if segments > _JPEG_SEGMENTS:
             raise ImageCorrupt(

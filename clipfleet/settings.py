@@ -167,7 +167,8 @@ class ServiceSettings(Settings):
     api_keys: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Keys of which clients must send one; the variable `CLIPFLEET_API_KEYS` (comma-separated) adds to them. Without any, and
     without a file of them, the service asks for none. Serve writes arguments into
-    its log: `clipfleet serve` gives it hashes of them, `serve run` and `serve deploy` what the file has."""
+    its log: `clipfleet serve` gives it hashes of them, `serve run` and `serve deploy` what the file has. There use
+    `api_keys_file`, or `sha256:` and a key's SHA-256 in hex instead of the key."""
     api_keys_file: str | None = None
     """A file of [named keys](configuration.md#args). With null it is the variable `CLIPFLEET_API_KEYS_FILE`, if that is set."""
     cors_origins: tuple[str, ...] = ()

@@ -11,7 +11,7 @@ from clipfleet.errors import ImageCorrupt, ImageFormatUnsupported
 _ENTRIES = 4096  # libtiff takes no more
 _VALUES = 1_000  # of a tag that Pillow reads while it opens a file: an object of Python each
 _COLORS = 3 * 65536
-_RATIONALS, _NUMBERS = 10_000, 1_000_000  # of all tags: some images have Pillow read each of them
+_MOST_RATIONALS, _MOST_NUMBERS = 10_000, 1_000_000  # of all tags: some images have Pillow read each of them
 _PARTS = 100_000  # strips or tiles, which are an object each too
 _FEW_PARTS = 1_000  # are harmless, whatever the image's size
 
@@ -25,8 +25,8 @@ _READ_BY_PILLOW = (
 )
 _BYTES_TO_PILLOW = {700, 34675}  # XMP and ICC profile
 _BYTES = {1, 2, 7}  # the types that take no object a value
-_RATIONAL = {5, 10}
-_NUMBER = {3, 4, 6, 8, 9, 11, 12, 13, 16}
+_RATIONAL_TYPES = {5, 10}
+_NUMBER_TYPES = {3, 4, 6, 8, 9, 11, 12, 13, 16}
 _INTEGERS = {3: "H", 4: "I", 16: "Q"}  # SHORT, LONG and, in a BigTIFF, LONG8
 
 
@@ -105,12 +105,12 @@ def _place(entry: _Entry, order: str) -> int:
 
 
 def _check_all(entries: list[_Entry]) -> None:
-    rationals = sum(entry.values for entry in entries if entry.kind in _RATIONAL)
-    numbers = sum(entry.values for entry in entries if entry.kind in _NUMBER)
-    if rationals > _RATIONALS or numbers > _NUMBERS:
+    rationals = sum(entry.values for entry in entries if entry.kind in _RATIONAL_TYPES)
+    numbers = sum(entry.values for entry in entries if entry.kind in _NUMBER_TYPES)
+    if rationals > _MOST_RATIONALS or numbers > _MOST_NUMBERS:
         raise ImageCorrupt(
             f"the TIFF's tags have {rationals:,} fractions and {numbers:,} other numbers; the limit is "
-            f"{_RATIONALS:,} and {_NUMBERS:,} (save it without them)",
+            f"{_MOST_RATIONALS:,} and {_MOST_NUMBERS:,} (save it without them)",
             format="TIFF",
         )
 

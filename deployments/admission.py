@@ -6,6 +6,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from clipfleet.errors import Overloaded
 from clipfleet.settings import LimitSettings
@@ -20,12 +21,13 @@ class Lane:
     """Items of one kind in flight, and how fast they are finished while there are plenty.
 
     Without a backlog the rate of answers is that of the questions, and says nothing of what could be done. In its first
-    second, and for as long as nothing is finished, the best of the last backlog stands for it, or before the first `guess`.
+    second, and for as long as nothing is finished, the best of the last backlog stands for it, or before the first `guess`
+    (items a second).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, guess: Callable[[], float | None]) -> None:
         self.items = 0
-        self.guess: float | None = None  # items a second
+        self._guess = guess
         self._finished: deque[tuple[float, int]] | None = None  # since the backlog began; None without one
         self._sum = 0  # of what is in there, but for the first, from which on time counts
         self._best: float | None = None  # items a second, of this backlog or the last
@@ -64,7 +66,7 @@ class Lane:
         """How long `items` more take, after those in flight, at the present rate; None where that is not known."""
         if self._finished is None:
             return None
-        rate = self._rate() or self._best or self.guess
+        rate = self._rate() or self._best or self._guess()
         return (self.items + items) / rate if rate else None
 
 
@@ -74,10 +76,11 @@ class Admission:
     Texts and images are counted apart, because a text never waits behind images: neither may a text be refused for them.
     """
 
-    def __init__(self, limits: LimitSettings) -> None:
+    def __init__(self, limits: LimitSettings, guess: Callable[[str], float | None] = lambda lane: None) -> None:
+        """`guess` gives the items a second of "images" or "texts" while nothing has been seen of them."""
         self._limits = limits
         self.bytes = 0
-        self.lanes = {"images": Lane(), "texts": Lane()}
+        self.lanes = {lane: Lane(partial(guess, lane)) for lane in ("images", "texts")}
         self._by_key: Counter[str] = Counter()  # items in flight of each API key
         self._bytes_by_key: Counter[str] = Counter()
 

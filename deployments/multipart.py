@@ -11,6 +11,7 @@ from python_multipart.multipart import MultipartParser, MultipartState, parse_op
 from clipfleet.errors import InvalidRequest, TooManyItems
 
 _PADDING = 1000  # bytes of spaces behind a boundary, beside those that came in one piece with it
+_LOOKS = 4  # times the limit of files, which is that of other fields too
 
 
 async def read_files(content_type: str, stream: AsyncIterator[bytes], most: int) -> list[bytes]:
@@ -18,10 +19,10 @@ async def read_files(content_type: str, stream: AsyncIterator[bytes], most: int)
     boundary = parse_options_header(content_type)[1].get(b"boundary")
     if not boundary:
         raise InvalidRequest("the multipart body is malformed: its Content-Type names no boundary")
-    parts = _Parts(most)
+    parts, delimiter = _Parts(most), b"\r\n--" + boundary
     try:
         parser = MultipartParser(boundary, parts.callbacks())
-        padding = 0
+        padding = looks = 0
         async for chunk in stream:
             was_padding = parser.state == MultipartState.BOUNDARY_PADDING
             parser.write(chunk)
@@ -30,6 +31,10 @@ async def read_files(content_type: str, stream: AsyncIterator[bytes], most: int)
             padding = padding + len(chunk) if still else 0
             if padding > _PADDING:
                 raise InvalidRequest("the multipart body is malformed: a boundary's line does not end")
+            # What looks like a boundary and is none, in a file, costs it steps too.
+            looks += chunk.count(delimiter)
+            if looks > _LOOKS * most:
+                raise InvalidRequest("the multipart body is malformed: it has more boundaries than parts are allowed")
     except FormParserError as error:
         raise InvalidRequest(f"the multipart body is malformed: {error}") from None
     if not parts.ended:

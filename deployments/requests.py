@@ -34,6 +34,7 @@ M = TypeVar("M", bound=BaseModel)
 
 _EXPORT_EVERY_S = 1.0
 _WINDOW_S = 10.0
+_ENCODERS = {"images": "ImageEncoder", "texts": "TextEncoder"}  # by lane
 
 
 class Rate:
@@ -79,8 +80,8 @@ class Requests:
         """`handles`: ImageDecoder, ImageEncoder, TextEncoder. Made on the ingress' event loop."""
         self.limits = settings.limits
         self.urls = settings.image_urls.enabled  # whether images may be addresses
-        self.admission = Admission(settings.limits)
         self.health = Health(handles)
+        self.admission = Admission(settings.limits, lambda lane: self.health.alone_rate(_ENCODERS[lane]))
         self.rates = {"image": Rate(), "text": Rate()}  # of what was computed
         self._cache = VectorCache(settings.cache)
         self._pipeline = Pipeline(handles["ImageDecoder"], handles["ImageEncoder"], handles["TextEncoder"])
@@ -192,8 +193,6 @@ class Requests:
     async def _compute(self, asked: Asked, inputs: Sequence[Input], fingerprint: str) -> list[Outcome]:
         images = sum(isinstance(item, bytes) for item in inputs)
         texts = sum(isinstance(item, str) for item in inputs)
-        for lane, encoder in (("images", "ImageEncoder"), ("texts", "TextEncoder")):
-            self.admission.lanes[lane].guess = self.health.alone_rate(encoder)
         with self.admission.hold_items(images, texts, asked.seconds_left, asked.key) as finish:
             try:
                 async with asyncio.timeout(asked.seconds_left):

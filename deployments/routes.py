@@ -17,6 +17,7 @@ from deployments.answers import ITEMS, KEYED, OPEN, answers
 from deployments.docs_page import add_schemas, render
 from deployments.encoder import EncodedText
 from deployments.gate import add_error_handlers
+from deployments.haproxy_wrapper import IMAGES_PATH
 from deployments.inputs import Input, check_counts, read_items
 from deployments.pipeline import Outcome
 from deployments.requests import Asked, Requests
@@ -69,7 +70,7 @@ class Routes:
                 app.add_api_route(path, handler, methods=["HEAD"], include_in_schema=False)
 
         route("POST", "/v1/embeddings", self.embeddings, schemas.EmbeddingsResponse, ITEMS)
-        route("POST", "/v1/embeddings/images", self.image_embeddings, schemas.EmbeddingsResponse, ITEMS)
+        route("POST", IMAGES_PATH, self.image_embeddings, schemas.EmbeddingsResponse, ITEMS)
         route("POST", "/v1/rank", self.rank, schemas.RankResponse, ITEMS)
         if self._search.is_on:
             route("POST", "/v1/search", self._search.search, schemas.SearchResponse, ITEMS)

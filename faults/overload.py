@@ -138,16 +138,18 @@ async def _offer(served: Served, shown: Sequence[Picture], factor: float, rate: 
     stop = threading.Event()
     beside = asyncio.create_task(asyncio.to_thread(_ask_texts, served.port, found, stop))
     began = time.monotonic()
-    for number, picture in enumerate(itertools.cycle(shown)):
-        due = began + number / rate
-        if due > began + seconds:
-            break
-        await asyncio.sleep(max(0.0, due - time.monotonic()))
-        task = asyncio.create_task(_one(served.port, picture.body, found))
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
-    found.megabytes = sum((await asyncio.to_thread(memory, served.pid)).values())
-    stop.set()
+    try:
+        for number, picture in enumerate(itertools.cycle(shown)):
+            due = began + number / rate
+            if due > began + seconds:
+                break
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            task = asyncio.create_task(_one(served.port, picture.body, found))
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+        found.megabytes = sum((await asyncio.to_thread(memory, served.pid)).values())
+    finally:
+        stop.set()
     await asyncio.gather(*tasks, beside)
     return found
 

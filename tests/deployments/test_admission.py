@@ -112,10 +112,7 @@ def test_parts_of_long_lists_say_what_can_be_done(monkeypatch: pytest.MonkeyPatc
 
 def test_the_last_backlog_stands_for_the_beginning_of_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    held = Admission(LimitSettings())
-    with held.hold_items(1000, 0, 30):  # of the first nothing is known
-        pass
-    held.lanes["images"].guess = 10.0
+    held = Admission(LimitSettings(), {"images": 10.0, "texts": None}.get)
     with held.hold_items(240, 0, 30), pytest.raises(Overloaded, match=r"with these 64 they take 30 s"):
         held.hold_items(64, 0, 30).__enter__()
     with suppress(ValueError), held.hold_items(640, 0, 30) as finish:

@@ -260,6 +260,7 @@ class TestBodies:
             ("UTF-16", '{"input": "a"}'.encode("utf-16"), 400, "invalid_request"),
             ("a byte order mark", b'\xef\xbb\xbf{"input": "a"}', 400, "invalid_request"),
             ("strings without signs", b'{"a": "' + b"," * 6000 + b'"' + b'""' * (20 * 10**6), 413, "too_many_items"),
+            ("base64 of spaces", b'{"input": {"image": "' + b"A " * (14 * 10**6) + b'"}}', 415, "image_format_unsupported"),
             ("two bodies", b'{"input": "a"}{"input": "b"}', 400, "invalid_request"),
         ],
         ids=lambda value: value if isinstance(value, str) else "",
@@ -347,7 +348,13 @@ END = b"--cut--\r\n"
         ("a header's name of 16 MiB", part('filename="a"', b"x", "y" * 16 * MIB + ": 1") + END, 400, "invalid_request"),
         ("100,000 headers", part('filename="a"', b"x", *repeat("X: y", 10**5)) + END, 400, "invalid_request"),
         ("headers without an end", b"--cut\r\nX: y\r\n" + b"X: y\r\n" * 10**5, 400, "invalid_request"),
-        ("a boundary and 16 MiB of spaces", part() + b"--cut" + b" " * 16 * MIB, 400, "invalid_request"),
+        (
+            "16 MiB of spaces behind a boundary",
+            part() + part().replace(b"--cut", b"--cut" + b" " * 16 * MIB) + END,
+            400,
+            "invalid_request",
+        ),
+        ("300,000 that look like boundaries", part(content=b"\r\n--cutX" * 300_000) + END, 400, "invalid_request"),
         ("another boundary", b"--other\r\n\r\n--other--\r\n", 400, "invalid_request"),
         (
             "a multipart body in a part",
