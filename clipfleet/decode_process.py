@@ -175,7 +175,7 @@ def _look(uri: str) -> State:
     with suppress(Exception):  # each file system has errors of its own; fetching the object names them
         filesystem, path = _filesystem(uri)
         info = filesystem.get_file_info(path)
-        return info.size, None if info.mtime_ns is None else info.mtime_ns // 1000
+        return info.size, info.mtime_ns // 1000 if info.mtime_ns else None  # 0 for what pyarrow cannot read
     return None, None
 
 

@@ -57,9 +57,8 @@ def open_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
 
 
 def state_of(info: fs.FileInfo) -> FileState:
-    """What a listing tells of a file."""
-    nanoseconds = info.mtime_ns
-    return FileState(info.size, None if nanoseconds is None else nanoseconds // 1000)
+    """What a listing tells of a file. pyarrow has 0 for a time that it cannot read, as one with 33.04 seconds."""
+    return FileState(info.size, info.mtime_ns // 1000 if info.mtime_ns else None)
 
 
 def look(path: str) -> FileState | None:

@@ -47,7 +47,7 @@ def shard_items(shard: Item) -> Iterator[Item]:
     """The images of a tar as inputs named SHARD/MEMBER; last, if it is damaged, an input for the tar itself."""
     assert isinstance(shard.place, bytes)
     path = os.fsdecode(shard.place)
-    state = look(path) if shard.state == UNKNOWN else shard.state
+    state = look(path) if shard.state.modified is None else shard.state
     if state is None:
         yield shard._replace(error=ImageNotFound.code)
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from collections.abc import Iterator
@@ -9,9 +10,11 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from pyarrow import fs
 
 from clipfleet.errors import SettingsError
 from deployments.private_ray import unreachable
+from jobs.places import known_filesystem
 from jobs.sources import open_files
 from tests.deployments.processes import until
 from tests.deployments.service import BIN, free_ports
@@ -32,10 +35,12 @@ class Bucket:
     def uri(self, path: str) -> str:
         return f"s3://key:{SECRET}@pictures/{path}{self.query}"
 
-    def put(self, path: str, data: bytes) -> None:
+    def put(self, path: str, data: bytes, modified_ns: int | None = None) -> None:
         file = self._folder / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(data)
+        if modified_ns is not None:
+            os.utime(file, ns=(modified_ns, modified_ns))
 
     def delete(self, path: str) -> None:
         (self._folder / path).unlink()
@@ -121,6 +126,19 @@ def test_a_manifest_must_be_a_local_file(bucket: Bucket, tmp_path: Path) -> None
         ):
             pass
         assert SECRET not in str(refused.value)
+
+
+def test_times_that_pyarrow_cannot_read_are_unknown(bucket: Bucket, tmp_path: Path, files: list[bytes]) -> None:
+    """The server cuts zeros off the end of a time: 12:00:00.04Z has two digits."""
+    images = {"0.png": files[0], "1.png": files[1]}
+    bucket.put("odd/s.tar", make_tar(tmp_path / "s.tar", images).read_bytes(), modified_ns=1_700_000_000_040_000_000)
+    filesystem, _ = known_filesystem(bucket.uri("odd"))
+    assert filesystem.get_file_info("pictures/odd/s.tar").mtime_ns > 0
+    (listed,) = filesystem.get_file_info(fs.FileSelector("pictures/odd"))
+    assert listed.mtime_ns == 0, "this test shows nothing: pyarrow reads it now"
+    assert embedded(bucket.uri("odd"), tmp_path / "out") == ["s.tar/0.png", "s.tar/1.png"]
+    assert errors(read(tmp_path / "out")) == {}
+    assert embedded(bucket.uri("odd"), tmp_path / "out", changed=True) == []
 
 
 def test_tars(bucket: Bucket, tmp_path: Path, files: list[bytes]) -> None:
