@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 _FRAMES = 16  # of a picture, hidden ones included: each costs as much as the picture
 _SEQUENCE_HEADER = 1
@@ -22,16 +23,25 @@ class Units:
         self.left = left
 
 
-def largest_frame(picture: memoryview, units: Units) -> int:
-    """Pixels of the largest frame that the bytes of a picture decode to. Raises Damaged."""
+class Frames(NamedTuple):
+    """What a picture decodes to: the largest frame's pixels, how many frames, and whether values have more than 8 bits."""
+
+    pixels: int
+    number: int
+    deep: bool
+
+
+def frames_of(picture: memoryview, units: Units) -> Frames:
+    """Read the headers in the bytes of a picture. Raises Damaged."""
     sequence: _Sequence | None = None
     most = frames = position = 0
+    deep = False
     while position < len(picture):
         kind, start, end = _unit(picture, position)
         units.left -= 1
         if kind == _SEQUENCE_HEADER:
             sequence = _sequence(_Bits(picture[start:end]))
-            most = max(most, sequence.width * sequence.height)
+            most, deep = max(most, sequence.width * sequence.height), deep or sequence.deep
         elif kind in _FRAME_HEADERS and sequence is not None:
             frames += 1
             if not sequence.still and _has_own_size(_Bits(picture[start:end]), sequence):
@@ -41,7 +51,7 @@ def largest_frame(picture: memoryview, units: Units) -> int:
         position = end
     if sequence is None:
         raise Damaged("a picture has no sequence header")
-    return most
+    return Frames(most, max(frames, 1), deep)
 
 
 def _unit(data: memoryview, position: int) -> tuple[int, int, int]:
@@ -96,6 +106,7 @@ class _Sequence:
     id_bits: int = 0
     screen_tools: int = _SELECT
     integer_vectors: int = _SELECT
+    deep: bool = False  # values have more than 8 bits
 
 
 def _sequence(bits: _Bits) -> _Sequence:
@@ -107,8 +118,12 @@ def _sequence(bits: _Bits) -> _Sequence:
         _pass_operating_points(bits, sequence)
     sequence.width_bits, sequence.height_bits = bits.take(4) + 1, bits.take(4) + 1
     sequence.width, sequence.height = bits.take(sequence.width_bits) + 1, bits.take(sequence.height_bits) + 1
-    if not sequence.still:
+    if sequence.still:
+        bits.take(3)  # block size, filter intra, intra edges
+    else:
         _read_tools(bits, sequence)
+    bits.take(3)  # super-resolution, directional enhancement, restoration
+    sequence.deep = bool(bits.take())
     return sequence
 
 
@@ -139,11 +154,14 @@ def _read_tools(bits: _Bits, sequence: _Sequence) -> None:
         delta = bits.take(4) + 2
         sequence.id_bits = delta + bits.take(3) + 1
     bits.take(7)  # block size, filter intra, intra edges, interintra, masks, warps, dual filter
-    if bits.take():  # order hints
+    ordered = bits.take()
+    if ordered:
         bits.take(2)
     sequence.screen_tools = _SELECT if bits.take() else bits.take()
     if sequence.screen_tools:
         sequence.integer_vectors = _SELECT if bits.take() else bits.take()
+    if ordered:
+        bits.take(3)  # bits of a hint
 
 
 def _has_own_size(bits: _Bits, sequence: _Sequence) -> bool:

@@ -1,4 +1,4 @@
-"""The AV1 pictures that lie in an AVIF: its container's own word for their size need not be true.
+"""The AV1 pictures that lie in an AVIF, whose container's own word for their size need not be true, and its EXIF data.
 
 ISO 14496-12 and 23008-12 describe the boxes; what libavif refuses is passed over here.
 """
@@ -8,34 +8,51 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 
-from clipfleet.av1 import Damaged, Units, largest_frame
+from clipfleet.av1 import Damaged, Frames, Units, frames_of
 from clipfleet.errors import ImageCorrupt, ImageTooManyPixels
+from clipfleet.tiff_directory import check_exif
 
+_PICTURE, _EXIF = b"av01", b"Exif"
 _PICTURES = 10_000  # or entries in the tables that lead to them
 _UNITS = 20_000  # of all bitstreams
+_FRAMES_OF_ONE = 2  # times the limit of one: decoders keep up to eight hidden ones
 _ALL_PICTURES = 8  # times the limit of one: transparency, thumbnails, gain maps and what lies beyond a grid's edges
 
 
-def check_pictures(data: bytes, max_pixels: int) -> int:
-    """The pixels of the largest picture, in the bitstream's words. Raises ImageTooManyPixels or ImageCorrupt."""
-    largest = together = 0
+def check_pictures(data: bytes, max_pixels: int) -> list[Frames]:
+    """The pictures in the bitstreams' words; what Pillow would read of the EXIF data is checked with them.
+
+    Raises ImageTooManyPixels or ImageCorrupt.
+    """
+    found: list[Frames] = []
     units = Units(_UNITS)
     try:
-        for picture in _pictures(data):
-            pixels = largest_frame(picture, units)
-            largest, together = max(largest, pixels), together + pixels
-            if largest > max_pixels or together > _ALL_PICTURES * max_pixels:
+        for kind, item in _items_and_samples(data):
+            if kind == _EXIF:
+                check_exif(bytes(item[4:]), all_read=True)
+                continue
+            found.append(frames_of(item, units))
+            largest, frames, together = _totals(found)
+            if largest > max_pixels or frames > _FRAMES_OF_ONE * max_pixels or together > _ALL_PICTURES * max_pixels:
                 raise ImageTooManyPixels(
-                    f"the AVIF decodes to pictures of {largest:,} pixels, {together:,} or more together; "
-                    f"the limit is {max_pixels:,} for one and {_ALL_PICTURES} times as much for all",
+                    f"the AVIF decodes to pictures of {largest:,} pixels, {frames:,} with their hidden frames, {together:,} "
+                    f"or more together; the limit is {max_pixels:,} for one, {_FRAMES_OF_ONE} times as much with its frames "
+                    f"and {_ALL_PICTURES} times as much for all",
                     limit=max_pixels,
                 )
     except (Damaged, struct.error, IndexError, OverflowError) as error:
         raise ImageCorrupt(f"the AVIF's pictures cannot be read: {error}", format="AVIF") from error
-    return largest
+    return found
 
 
-def _pictures(data: bytes) -> Iterator[memoryview]:
+def _totals(pictures: list[Frames]) -> tuple[int, int, int]:
+    """Pixels of the largest picture, of the largest with all of its frames, and of everything."""
+    with_frames = [picture.pixels * picture.number for picture in pictures]
+    return max(picture.pixels for picture in pictures), max(with_frames), sum(with_frames)
+
+
+def _items_and_samples(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
+    """The kind and the bytes of each picture or EXIF data."""
     whole = memoryview(data)
     seen = set()
     for kind, box in _boxes(whole, whole_file=True):
@@ -67,35 +84,36 @@ def _boxes(data: memoryview, *, whole_file: bool = False) -> Iterator[tuple[byte
         position = end
 
 
-def _items(whole: memoryview, meta: memoryview) -> Iterator[memoryview]:
-    """The bytes of each item that is an AV1 picture."""
+def _items(whole: memoryview, meta: memoryview) -> Iterator[tuple[bytes, memoryview]]:
     boxes: dict[bytes, memoryview] = {}
     for kind, box in _boxes(meta[4:]):
         boxes.setdefault(kind, box)
-    pictures = set(_picture_ids(boxes.get(b"iinf", memoryview(b""))))
+    kinds = dict(_kinds(boxes.get(b"iinf", memoryview(b""))))
     copied = 0
     for item, in_meta, extents in _locations(boxes.get(b"iloc", memoryview(b""))):
         source = boxes.get(b"idat", memoryview(b"")) if in_meta else whole
         parts = [source[start : start + length] for start, length in extents]
-        if item not in pictures or not any(length for _, length in extents):
+        kind = kinds.get(item)
+        if kind is None or not any(length for _, length in extents):
             continue
         if len(parts) == 1:
-            yield parts[0]
+            yield kind, parts[0]
             continue
         copied += sum(map(len, parts))
         if copied > 2 * len(whole):
             raise Damaged("its parts are larger than the file")
-        yield memoryview(b"".join(parts))
+        yield kind, memoryview(b"".join(parts))
 
 
-def _picture_ids(iinf: memoryview) -> Iterator[int]:
+def _kinds(iinf: memoryview) -> Iterator[tuple[int, bytes]]:
+    """Number and kind of each item that is a picture or EXIF data."""
     if not iinf:
         return
     for kind, box in _boxes(iinf[6 if iinf[0] == 0 else 8 :]):
         if kind == b"infe":
             item, item_type = struct.unpack_from(">I2x4s" if box[0] == 3 else ">H2x4s", box, 4)
-            if item_type == b"av01":
-                yield item
+            if item_type in (_PICTURE, _EXIF):
+                yield item, item_type
 
 
 def _locations(iloc: memoryview) -> Iterator[tuple[int, bool, list[tuple[int, int]]]]:
@@ -132,19 +150,21 @@ class _Reader:
         return int.from_bytes(self._data[start : self._position], "big")
 
 
-def _first_samples(whole: memoryview, moov: memoryview) -> Iterator[memoryview]:
-    """The first picture of each track, which is the only one that is decoded."""
+def _first_samples(whole: memoryview, moov: memoryview) -> Iterator[tuple[bytes, memoryview]]:
+    """The first picture of each track, which is the only one that is decoded, and a track's EXIF data."""
     for kind, track in _boxes(moov):
         if kind != b"trak":
             continue
+        for meta in _inside(track, b"meta"):
+            yield from _items(whole, meta)
         for tables in _inside(track, b"mdia", b"minf", b"stbl"):
             boxes: dict[bytes, memoryview] = {}
             for name, box in _boxes(tables):
                 if name in boxes:
                     raise Damaged(f"a track has two of the box {name!r}")
                 boxes[name] = box
-            if b"av01" in bytes(boxes.get(b"stsd", b"")[:4096]):
-                yield _first_sample(whole, boxes)
+            if _PICTURE in bytes(boxes.get(b"stsd", b"")[:4096]):
+                yield _PICTURE, _first_sample(whole, boxes)
 
 
 def _inside(box: memoryview, *path: bytes) -> Iterator[memoryview]:

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from clipfleet.av1 import Frames
 from clipfleet.avif_boxes import check_pictures
+from clipfleet.checkpoint import PixelSpec
 from clipfleet.errors import (
     ClipfleetError,
     ImageCorrupt,
@@ -21,14 +23,16 @@ from clipfleet.errors import (
     ImageUnreadable,
 )
 from clipfleet.image_parts import check_parts
-from clipfleet.resize import check_pixels
+from clipfleet.resize import check_pixels, first_step_pixels, target_size
 from clipfleet.tiff_directory import check_exif
 
 SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif",
 )  # fmt: skip
 _MEGA = 1_000_000
-_FRAME_PIXELS = "clipfleet_frame_pixels"  # of Image.info, where the file's pictures may be larger than the image
+STRIP_ROWS = 256  # some conversions go in strips, which bounds the copies that they make
+_PICTURES = "clipfleet_pictures"  # of Image.info, where the file's pictures may be larger than the image
+_TILES = 2  # times the limit of pixels: they may reach beyond the image's edges
 # Of run-length encoded BMPs: Pillow decodes them in Python, and of all that is accepted them alone. A second for so many.
 _RLE_PIXELS = 4 * _MEGA
 
@@ -118,6 +122,7 @@ def open_image(data: bytes | bytearray | memoryview, limits: ImageLimits = DEFAU
         raise ImageFormatUnsupported(f"{found}; accepted are {', '.join(limits.formats)}", format=kind)
     data = data if isinstance(data, bytes) else bytes(data)
     check_parts(data, kind)
+    pictures = check_pictures(data, limits.max_pixels) if kind == "AVIF" else []
     try:
         image = Image.open(io.BytesIO(data), formats=[kind])
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -138,12 +143,20 @@ def open_image(data: bytes | bytearray | memoryview, limits: ImageLimits = DEFAU
         )
     if isinstance(exif := image.info.get("exif"), bytes):
         check_exif(exif)
-    if kind == "AVIF":
-        image.info[_FRAME_PIXELS] = check_pictures(data, limits.max_pixels)
-    if kind == "TIFF":  # Pillow decodes whole tiles, whatever the image's own size
-        width, length = (_tag(image, tag) for tag in (ExifTags.Base.TileWidth, ExifTags.Base.TileLength))
-        check_pixels(width, length, limits.max_pixels, "a tile of the TIFF")
+    if pictures:
+        image.info[_PICTURES] = pictures
+    if kind == "TIFF":
+        _check_tiles(image, limits)
     return image
+
+
+def _check_tiles(image: Image.Image, limits: ImageLimits) -> None:
+    """Pillow decodes whole tiles, whatever the image's own size."""
+    width, length = _tag(image, ExifTags.Base.TileWidth), _tag(image, ExifTags.Base.TileLength)
+    check_pixels(width, length, limits.max_pixels, "a tile of the TIFF")
+    across = -(-_tag(image, ExifTags.Base.ImageWidth) // width) * width
+    down = -(-_tag(image, ExifTags.Base.ImageLength) // length) * length
+    check_pixels(across, down, _TILES * limits.max_pixels, "the TIFF with its tiles' full sizes")
 
 
 def _tag(image: Image.Image, tag: int) -> int:
@@ -151,8 +164,8 @@ def _tag(image: Image.Image, tag: int) -> int:
     return value if isinstance(value, int) and value > 0 else 1
 
 
-def decoding_bytes(image: Image.Image) -> int:
-    """Estimate the memory in bytes that decoding an opened image takes at its peak, before it is resized."""
+def decoding_bytes(image: Image.Image, spec: PixelSpec | None = None) -> int:
+    """Estimate the memory in bytes that an opened image takes at its peak: decoded, and resized as `spec` asks."""
     # Pillow keeps most modes at 4 bytes a pixel. Measured over that at 62 megapixels: Pillow's WebP and AVIF hold frames of
     # their own, wide greys are copied to be scaled, and a JPEG may be progressive and may be turned.
     copies = {"WEBP": 4, "AVIF": 3, "JPEG": 2, "MPO": 2}.get(image.format or "", 1)
@@ -160,8 +173,21 @@ def decoding_bytes(image: Image.Image) -> int:
         copies += 2
     elif image.mode not in ("RGB", "L", "1"):
         copies += 1  # converting and turning hold the original as well
-    pixels = max(image.width * image.height, image.info.get(_FRAME_PIXELS, 0))
-    return pixels * 4 * copies + (_segment_bytes(image) if image.format == "TIFF" else 0)
+    pixels = image.width * image.height
+    own = max(map(_picture_bytes, image.info.get(_PICTURES, [])), default=0)
+    if image.mode in ("L", "1"):
+        own = max(own, 5 * pixels)  # a byte each, and RGB
+    segment = _segment_bytes(image) if image.format == "TIFF" else 0
+    rows = 8 * max(image.size) * (copies + 1)  # a pointer each
+    strips = 0 if image.mode == "RGB" else 16 * STRIP_ROWS * image.width
+    step = 4 * first_step_pixels(image.size, target_size(*image.size, spec)) if spec else 0
+    return max(4 * copies * pixels, own) + segment + rows + strips + step
+
+
+def _picture_bytes(picture: Frames) -> int:
+    """A picture of an AVIF: the decoder's frame and its copy in RGB, and the hidden frames that it keeps, eight at most."""
+    frame = 6 if picture.deep else 3  # three values a pixel
+    return picture.pixels * (12 + (frame if picture.deep else 0) + frame * min(picture.number - 1, 8))
 
 
 def _segment_bytes(image: Image.Image) -> int:

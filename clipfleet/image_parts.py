@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from clipfleet.errors import ImageCorrupt
-from clipfleet.tiff_directory import check_directory
+from clipfleet.tiff_directory import check_directory, check_exif
 
 _JPEG_SCANS, _JPEG_SEGMENTS, _JPEG_EXIF, _JPEG_FILL = 100, 500, 10, 100_000
-_PNG_CHUNKS, _GIF_BLOCKS = 10_000, 100_000
+_PNG_CHUNKS, _PNG_PIECE, _GIF_BLOCKS = 10_000, 256, 100_000
 _SCAN = b"\xff\xda"
 _TABLES = (0xDB, 0xDE)
 
@@ -50,6 +50,10 @@ def _check_segments(data: bytes) -> None:
             length = max(2, int.from_bytes(data[start + 2 : start + 4], "big"))
             position = start + 2 + length
             exif += marker == 0xE1 and data.startswith(b"Exif\0\0", start + 4)
+            if marker == 0xE2 and data.startswith(
+                b"MPF\0", start + 4
+            ):  # an index of several pictures: Pillow reads all of it
+                check_exif(data[start + 8 : position], all_read=True)
             if 0xC0 <= marker <= 0xCF or marker in _TABLES:  # or a frame's header: every byte is read
                 fill += length
         if segments > _JPEG_SEGMENTS:
@@ -84,12 +88,15 @@ def _count_scans(data: bytes) -> int:
 
 
 def _check_chunks(data: bytes) -> None:
-    chunks, start = 0, 8
+    chunks, start = 0, 8  # each of them, and each piece of the pixels, is a step of Python
     while start + 8 <= len(data):
-        chunks += data[start + 4 : start + 8] != b"IDAT"
+        length = int.from_bytes(data[start : start + 4], "big")
+        chunks += length < _PNG_PIECE or data[start + 4 : start + 8] != b"IDAT"
         if chunks > _PNG_CHUNKS:
-            raise ImageCorrupt(f"the PNG has more than {_PNG_CHUNKS:,} chunks beside its pixels", format="PNG")
-        start += 12 + int.from_bytes(data[start : start + 4], "big")
+            raise ImageCorrupt(
+                f"the PNG has more than {_PNG_CHUNKS:,} chunks beside its pixels, or tiny ones", format="PNG"
+            )
+        start += 12 + length
 
 
 def _check_blocks(data: bytes) -> None:

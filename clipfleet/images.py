@@ -18,14 +18,13 @@ from PIL import ExifTags, Image
 from clipfleet import pixel_memory
 from clipfleet.checkpoint import PixelSpec, find_checkpoint
 from clipfleet.errors import ClipfleetError, ImageCorrupt, ImageTooManyPixels
-from clipfleet.image_files import DEFAULT_LIMITS, ImageLimits, open_image, read_file
-from clipfleet.resize import check_pixels, pad, resize, target_size
+from clipfleet.image_files import DEFAULT_LIMITS, STRIP_ROWS, ImageLimits, open_image, read_file
+from clipfleet.resize import check_first_step, check_pixels, pad, resize, target_size
 
 ImageSource = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image
 
 PREPROCESSING_VERSION = 1  # part of the fingerprint: raise it whenever pixels change
 _REDUCED_AT_LEAST = 2  # times the wanted size
-_STRIP_ROWS = 256  # some conversions go in strips, which bounds the copies that they make
 
 
 class Picture(NamedTuple):
@@ -62,6 +61,13 @@ def decode(source: ImageSource, spec: PixelSpec, limits: ImageLimits = DEFAULT_L
         return to_picture(image, spec, limits)
 
 
+def check_size(image: Image.Image, spec: PixelSpec, limits: ImageLimits = DEFAULT_LIMITS) -> None:
+    """Raise ImageTooManyPixels for an opened image that is too large to decode, or too narrow to resize as `spec` asks."""
+    check_pixels(image.width, image.height, limits.max_pixels, "the image")
+    # A column of a million pixels takes many times its own memory to decode, to be refused in the end.
+    check_first_step(image.size, target_size(*image.size, spec), limits.max_pixels)
+
+
 def to_picture(
     image: Image.Image, spec: PixelSpec, limits: ImageLimits = DEFAULT_LIMITS, *, keep: bool = False
 ) -> Picture:
@@ -70,7 +76,7 @@ def to_picture(
     Without `keep` the image itself may have no pixels afterwards.
     """
     try:
-        check_pixels(image.width, image.height, limits.max_pixels, "the image")
+        check_size(image, spec, limits)
         full = _reduce(image, spec) if limits.reduced_jpeg else None
         with nullcontext() if keep else pixel_memory.lend(image):
             return _to_picture(image, full, spec, limits)
@@ -140,8 +146,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _over_white(image: Image.Image) -> Image.Image:
     result = Image.new("RGB", image.size)
-    for top in range(0, image.height, _STRIP_ROWS):
-        strip = image.crop((0, top, image.width, min(top + _STRIP_ROWS, image.height))).convert("RGBA")
+    for top in range(0, image.height, STRIP_ROWS):
+        strip = image.crop((0, top, image.width, min(top + STRIP_ROWS, image.height))).convert("RGBA")
         white = Image.new("RGBA", strip.size, (255, 255, 255, 255))
         result.paste(Image.alpha_composite(white, strip).convert("RGB"), (0, top))
     return result
@@ -161,7 +167,7 @@ def _to_8_bit(values: np.ndarray) -> np.ndarray:
         low, high = 0.0, 1.0
     span = float(high) - float(low) or 1.0
     scaled = np.empty(values.shape, np.uint8)
-    for top in range(0, len(values), _STRIP_ROWS):
-        rows = slice(top, top + _STRIP_ROWS)
+    for top in range(0, len(values), STRIP_ROWS):
+        rows = slice(top, top + STRIP_ROWS)
         scaled[rows] = np.round((values[rows].astype(np.float64) - float(low)) * (255 / span))
     return scaled

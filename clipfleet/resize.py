@@ -11,6 +11,7 @@ from clipfleet.resample import height_first, resample
 
 # Up to this many pixels Pillow may make the resized image whole, to be cut, as the reference does it.
 _WHOLE_PIXELS = 4_000_000
+_INTERMEDIATE = "an intermediate of resizing this narrow image"
 
 
 def resize(image: Image.Image, size: tuple[int, int], spec: PixelSpec, max_pixels: int) -> np.ndarray:
@@ -21,20 +22,45 @@ def resize(image: Image.Image, size: tuple[int, int], spec: PixelSpec, max_pixel
     """
     width, height = size
     (left, right), (top, bottom) = _kept(width, 0, spec.crop), _kept(height, 1, spec.crop)
-    if width * height <= _WHOLE_PIXELS:
+    if not _in_passes(size):
         pixels = resample(image, size, (left, top, right, bottom), spec.resample)
         if pixels is not None:
             return pixels
         return np.array(image.resize(size, spec.resample).crop((left, top, right, bottom)))
     for axis in (1, 0) if height_first(image.size, size) else (0, 1):
-        step = (width, image.height) if axis == 0 else (image.width, height)
+        step = _step(image.size, size, axis)
         if step != image.size:
-            check_pixels(*step, max_pixels, "an intermediate of resizing this narrow image")
+            check_pixels(*step, max_pixels, _INTERMEDIATE)
             image = image.resize(step, spec.resample)
         kept = (left, 0, right, image.height) if axis == 0 else (0, top, image.width, bottom)
         if kept != (0, 0, *image.size):
             image = image.crop(kept)
     return np.array(image)
+
+
+def check_first_step(size: tuple[int, int], target: tuple[int, int], max_pixels: int) -> None:
+    """Raise ImageTooManyPixels where resize would, once an image of `size` is decoded."""
+    if _in_passes(target):
+        check_pixels(*_first_step(size, target), max_pixels, _INTERMEDIATE)
+
+
+def first_step_pixels(size: tuple[int, int], target: tuple[int, int]) -> int:
+    """Pixels of the intermediate that resize makes of a narrow image."""
+    width, height = _first_step(size, target) if _in_passes(target) else (0, 0)
+    return width * height
+
+
+def _in_passes(target: tuple[int, int]) -> bool:
+    return target[0] * target[1] > _WHOLE_PIXELS
+
+
+def _first_step(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
+    return _step(size, target, 1 if height_first(size, target) else 0)
+
+
+def _step(size: tuple[int, int], target: tuple[int, int], axis: int) -> tuple[int, int]:
+    """(width, height) after the pass over one axis."""
+    return (target[0], size[1]) if axis == 0 else (size[0], target[1])
 
 
 def _kept(length: int, axis: int, crop: tuple[int, int] | None) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The first directory of a TIFF, checked before Pillow and libtiff build what it promises."""
+"""Directories of tags, a TIFF's own and those of EXIF data, checked before Pillow and libtiff build what they promise."""
 
 from __future__ import annotations
 
@@ -12,21 +12,26 @@ _ENTRIES = 4096  # libtiff takes no more
 _VALUES = 1_000  # of a tag that Pillow reads while it opens a file: an object of Python each
 _COLORS = 3 * 65536
 _MOST_RATIONALS, _MOST_NUMBERS = 10_000, 1_000_000  # of all tags: some images have Pillow read each of them
+# Bytes that values may take beyond those that there are: damaged tags say anything.
+_OVERLAP = 16 * 1024 * 1024
 _PARTS = 100_000  # strips or tiles, which are an object each too
 _FEW_PARTS = 1_000  # are harmless, whatever the image's size
 
 _WIDTH, _LENGTH, _SAMPLES, _ROWS, _PLANAR, _TILE_WIDTH, _TILE_LENGTH = 256, 257, 277, 278, 284, 322, 323
 _OFFSETS = {273: "strips", 324: "tiles"}
 _COLOR_MAP, _ORIENTATION = 320, 274
-_DIRECTORIES = {34665, 34853}  # EXIF and GPS, which Pillow reads whole
+_EXIF, _GPS, _INTEROPERABILITY = 34665, 34853, 40965  # directories, which Pillow reads whole
 _SIZES = {_WIDTH, _LENGTH, _ROWS, _TILE_WIDTH, _TILE_LENGTH}
 _READ_BY_PILLOW = (
-    _SIZES | _DIRECTORIES | {258, 259, 262, 266, _ORIENTATION, _SAMPLES, 282, 283, _PLANAR, 296, 338, 339, 530, 40965}
+    _SIZES
+    | {_EXIF, _GPS, _INTEROPERABILITY, _ORIENTATION, _SAMPLES, _PLANAR}
+    | {258, 259, 262, 266, 282, 283, 296, 338, 339, 530}
 )
 _BYTES_TO_PILLOW = {700, 34675}  # XMP and ICC profile
 _BYTES = {1, 2, 7}  # the types that take no object a value
 _RATIONAL_TYPES = {5, 10}
 _NUMBER_TYPES = {3, 4, 6, 8, 9, 11, 12, 13, 16}
+_BYTES_OF = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}  # by type
 _INTEGERS = {3: "H", 4: "I", 16: "Q"}  # SHORT, LONG and, in a BigTIFF, LONG8
 
 
@@ -60,18 +65,36 @@ def check_directory(data: bytes) -> None:
     for entry in parts:
         limit = min(max(_parts(entry.tag, numbers), _FEW_PARTS), _PARTS)
         _check_count(entry, limit, f"{_OFFSETS[entry.tag]} (save it with larger ones)")
-    for entry in [entry for entry in entries if entry.tag in _DIRECTORIES]:
-        entries += _entries(data, order, _place(entry, order))
-    _check_all([entry for entry in entries if entry.values <= len(data)])  # Pillow passes over what cannot be there
+    _check_all(entries + _below(entries, data, order), len(data), "TIFF")
 
 
-def check_exif(data: bytes) -> None:
-    """The same for the EXIF data of another format, of which one tag is read. Raises ImageCorrupt."""
+def check_exif(data: bytes, *, all_read: bool = False) -> None:
+    """The same for the EXIF data of another format, of which one tag is read, or all. Raises ImageCorrupt."""
     while data.startswith(b"Exif\0\0"):
         data = data[6:]
-    for entry in _entries(data, _order(data), most=0xFFFF):  # damaged ones say anything, and are passed over
+    order = _order(data)
+    entries = list(_entries(data, order, most=0xFFFF))
+    for entry in entries:  # damaged ones say anything, and are passed over
         if entry.tag == _ORIENTATION and entry.values <= len(data):
             _check_count(entry, _VALUES, "orientations", "EXIF data")
+    if all_read:
+        _check_all(entries + _below(entries, data, order), len(data), "EXIF data")
+    else:
+        _check_bytes(entries, len(data), "EXIF data")
+
+
+def _below(entries: list[_Entry], data: bytes, order: str) -> list[_Entry]:
+    """The entries of the directories that those of the first one lead to."""
+    exif = _directory(entries, _EXIF, data, order)
+    gps = _directory(entries, _GPS, data, order)
+    return exif + gps + _directory(exif, _INTEROPERABILITY, data, order)
+
+
+def _directory(entries: list[_Entry], tag: int, data: bytes, order: str) -> list[_Entry]:
+    pointers = [entry for entry in entries if entry.tag == tag]
+    if len(pointers) > 1:  # each may have thousands of entries, and which of them Pillow follows depends on its version
+        raise ImageCorrupt(f"there are {len(pointers):,} of the tag {tag} (save the image anew)", format="TIFF")
+    return [found for pointer in pointers for found in _entries(data, order, _place(pointer, order))]
 
 
 def _order(data: bytes) -> str:
@@ -100,19 +123,28 @@ def _place(entry: _Entry, order: str) -> int:
     """Where the directory that an entry points to starts: a LONG, IFD or LONG8."""
     letter = {4: "I", 13: "I", 16: "Q"}.get(entry.kind, "9s")
     if entry.values != 1 or struct.calcsize(order + letter) > len(entry.field):
-        raise ImageCorrupt(f"the TIFF's tag {entry.tag} points nowhere (save the image anew)", format="TIFF")
+        raise ImageCorrupt(f"the tag {entry.tag} points nowhere (save the image anew)", format="TIFF")
     return struct.unpack_from(order + letter, entry.field)[0]
 
 
-def _check_all(entries: list[_Entry]) -> None:
-    rationals = sum(entry.values for entry in entries if entry.kind in _RATIONAL_TYPES)
-    numbers = sum(entry.values for entry in entries if entry.kind in _NUMBER_TYPES)
+def _check_all(entries: list[_Entry], length: int, whole: str) -> None:
+    there = [entry for entry in entries if entry.values <= length]  # Pillow passes over what cannot be there
+    rationals = sum(entry.values for entry in there if entry.kind in _RATIONAL_TYPES)
+    numbers = sum(entry.values for entry in there if entry.kind in _NUMBER_TYPES)
     if rationals > _MOST_RATIONALS or numbers > _MOST_NUMBERS:
         raise ImageCorrupt(
-            f"the TIFF's tags have {rationals:,} fractions and {numbers:,} other numbers; the limit is "
-            f"{_MOST_RATIONALS:,} and {_MOST_NUMBERS:,} (save it without them)",
-            format="TIFF",
+            f"the {whole}'s tags have {rationals:,} fractions and {numbers:,} other numbers; the limit is "
+            f"{_MOST_RATIONALS:,} and {_MOST_NUMBERS:,} (save it without them)"
         )
+    _check_bytes(there, length, whole)
+
+
+def _check_bytes(entries: list[_Entry], length: int, whole: str) -> None:
+    """Each value is a copy, and many may lie in one place; Pillow before 13 makes all of them."""
+    sizes = (entry.values * _BYTES_OF.get(entry.kind, 0) for entry in entries)
+    together = sum(size for size in sizes if size <= length)
+    if together > length + _OVERLAP:
+        raise ImageCorrupt(f"the tags of the {whole} have {together:,} bytes, and it {length:,} itself (save it anew)")
 
 
 def _check_size(entry: _Entry) -> None:

@@ -19,7 +19,7 @@ from clipfleet.checkpoint import find_checkpoint
 from clipfleet.decode_process import DecodeProcess
 from clipfleet.errors import ClipfleetError, DeadlineExceeded, ImageCrashedDecoder, ImageError
 from clipfleet.image_files import ImageLimits, decoding_bytes, open_image
-from clipfleet.images import to_picture
+from clipfleet.images import check_size, to_picture
 from clipfleet.settings import ServiceSettings
 from deployments import logs, memory, tracing
 from deployments.metrics import decode_seconds
@@ -113,11 +113,10 @@ class DecoderReplica:
             return DeadlineExceeded("the deadline passed while the image waited to be decoded")
         began = time.monotonic()
         try:
-            with (
-                open_image(data, self._limits) as image,
-                self._budget.hold(decoding_bytes(image), deadline - time.time()),
-            ):
-                return to_picture(image, self._spec, self._limits).pixels
+            with open_image(data, self._limits) as image:
+                check_size(image, self._spec, self._limits)  # what is refused waits for no memory
+                with self._budget.hold(decoding_bytes(image, self._spec), deadline - time.time()):
+                    return to_picture(image, self._spec, self._limits).pixels
         except (ImageError, DeadlineExceeded) as error:
             # Without where it comes from: those frames hold the image until Python's collector comes.
             error.__cause__ = error.__context__ = None

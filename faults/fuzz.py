@@ -15,11 +15,13 @@ import numpy as np
 from clipfleet.checkpoint import find_checkpoint
 from clipfleet.decode_process import DecodeProcess
 from clipfleet.errors import ClipfleetError, ImageCrashedDecoder
-from faults.mutate import mutants
+from clipfleet.image_files import decoding_bytes, open_image
+from faults.mutate import large, mutants, seeds
 from faults.report import Row
 from faults.served import config, serve
 
 SLOWEST_S = 20.0
+_ROUGHLY = 1.05  # what a decoder reserves is an estimate
 MOST_MEMORY = 1_000  # MB: 64 megapixels at 4 bytes, the copies that converting and turning make, and the libraries
 KEPT = Path("build/fuzz")
 
@@ -54,6 +56,37 @@ def decoder(count: int, seed: int) -> Row:
     return Row(
         f"damaged files through the decoder, seed {seed}", "one process", count,
         f"{listed}; slowest {slowest:.1f} s, peak memory {memory:.0f} MB", kept,
+    )  # fmt: skip
+
+
+def large_files() -> Row:
+    """Files as large as they may be, each in a process of its own: none takes more than a decoder reserves for it."""
+    spec = find_checkpoint("tiny").pixels
+    pixels = np.zeros((*spec.size, 3), np.uint8)
+    outcomes: Counter[str] = Counter()
+    over = []
+    slowest = most = 0.0
+    for name, content in large():
+        process = DecodeProcess(spec)
+        process.decode_into(seeds()[0], pixels)
+        assert process._process is not None
+        before, began = _peak(process._process.pid), time.monotonic()
+        reply = process.decode_into(content, pixels, timeout_s=SLOWEST_S, tries=1)
+        seconds = time.monotonic() - began
+        outcome = reply.code if isinstance(reply, ClipfleetError) else "decoded"
+        taken = 0.0 if process._process is None else _peak(process._process.pid) - before
+        process.close()
+        reserved = decoding_bytes(open_image(content), spec) / 2**20
+        print(f"{name}: {outcome} in {seconds:.1f} s, {taken:.0f} MB, {reserved:.0f} reserved", flush=True)
+        outcomes[outcome] += 1
+        slowest, most = max(slowest, seconds), max(most, taken / reserved)
+        if outcome == "image_crashed_decoder" or taken > _ROUGHLY * reserved:
+            over.append(name)
+    listed = ", ".join(f"{what} {times}" for what, times in outcomes.most_common())
+    return Row(
+        "files of 64 megapixels through the decoder", "one process each", outcomes.total(),
+        f"{listed}; slowest {slowest:.1f} s; at most {most:.0%} of the memory reserved{'; over: ' if over else ''}"
+        f"{', '.join(over)}", not over,
     )  # fmt: skip
 
 
@@ -116,4 +149,4 @@ def _keep(content: bytes, name: str) -> None:
 
 
 def measure(files: int, requests: int, seed: int) -> list[Row]:
-    return [decoder(files, seed), service(requests, seed + 1)]
+    return [large_files(), decoder(files, seed), service(requests, seed + 1)]

@@ -64,6 +64,42 @@ def seeds() -> list[bytes]:
     return found
 
 
+def large() -> Iterator[tuple[str, bytes]]:
+    """Small files of as many pixels as the limits allow: name and bytes. Flat, because that is quick to write."""
+    wide = Image.new("RGB", (8000, 8000), "teal")
+    for kind, mode, way in (
+        ("JPEG", "RGB", {}),
+        ("JPEG", "RGB", {"progressive": True, "exif": _exif().tobytes()}),
+        ("JPEG", "CMYK", {}),
+        ("PNG", "L", {}),
+        ("PNG", "RGBA", {}),
+        ("PNG", "I;16", {}),
+        ("GIF", "P", {}),
+        ("BMP", "1", {}),
+        ("TIFF", "RGB", {"compression": "tiff_deflate"}),
+        ("TIFF", "F", {"compression": "tiff_lzw"}),
+        ("AVIF", "RGB", {"speed": 10}),
+        ("AVIF", "RGBA", {"speed": 10, "subsampling": "4:4:4"}),
+    ):
+        yield (
+            f"{kind} {mode}{' progressive, turned' if 'exif' in way else ''}",
+            _saved(_in_mode(wide, mode), kind, **way),
+        )
+    yield "WEBP RGBA", _saved(Image.new("RGBA", (16_000, 4000), (0, 128, 128, 99)), "WEBP", lossless=True, method=0)
+    yield "PNG, a column", _saved(Image.new("L", (1, 64_000_000)), "PNG")
+    yield "PNG, a narrow column", _saved(Image.new("RGBA", (228, 280_000)), "PNG")
+
+
+def _in_mode(image: Image.Image, mode: str) -> Image.Image:
+    return Image.new("I;16", image.size, 9000) if mode == "I;16" else image.convert(mode)
+
+
+def _saved(image: Image.Image, kind: str, **way: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **way)  # type: ignore[arg-type]
+    return file.getvalue()
+
+
 def _flip(rng: random.Random, data: bytearray, _: list[bytes]) -> None:
     for _bit in range(rng.choice((1, 2, 8, 64))):
         data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)

@@ -7,8 +7,8 @@ import struct
 import pytest
 from PIL import Image
 
-from clipfleet.av1 import Damaged, Units, largest_frame
-from clipfleet.avif_boxes import _pictures, check_pictures
+from clipfleet.av1 import Damaged, Frames, Units, frames_of
+from clipfleet.avif_boxes import check_pictures
 from clipfleet.errors import ImageCorrupt, ImageTooManyPixels
 from clipfleet.image_files import ImageLimits, decoding_bytes, open_image
 from clipfleet.images import decode
@@ -35,11 +35,11 @@ def unit(kind: int, payload: bytes) -> bytes:
     return bytes([kind << 3 | 2, len(payload)]) + payload
 
 
-def sequence(width: int, height: int) -> bytes:
+def sequence(width: int, height: int, deep: bool = False) -> bytes:
     """A header that lets frames have a size of their own, of up to 16 bits."""
     start = [(0, 3), (0, 1), (0, 1), (0, 1), (0, 1), (0, 5), (0, 12), (0, 5)]
     size = [(15, 4), (15, 4), (width - 1, 16), (height - 1, 16)]
-    return unit(1, bits(*start, *size, (0, 1), (0, 7), (0, 1), (1, 1), (1, 1)))
+    return unit(1, bits(*start, *size, (0, 1), (0, 7), (1, 1), (0, 2), (1, 1), (1, 1), (7, 3), (0, 3), (deep, 1)))
 
 
 def frame(own_size: bool) -> bytes:
@@ -61,14 +61,14 @@ def test_a_container_that_promises_less_than_its_picture_has() -> None:
 def test_pictures_are_as_large_as_pillow_decodes_them(mode: str, frames: int) -> None:
     images = [picture(mode, 90 + number // 9, 70) for number in range(frames)]
     data = encode(images[0], "AVIF", save_all=True, append_images=images[1:])
-    assert check_pictures(data, LARGE) == 90 * 70
-    assert len(list(_pictures(data))) == (1 + (mode == "RGBA")) * (1 if frames == 1 else 2)  # as an item and as a film
+    count = (1 + (mode == "RGBA")) * (1 if frames == 1 else 2)  # as an item and as a film
+    assert check_pictures(data, LARGE) == count * [Frames(90 * 70, 1, False)]
     decode(data, SPEC)
 
 
 def test_all_pictures_together_have_a_limit() -> None:
     data = encode(picture("RGBA", 100, 100), "AVIF")  # and its transparency
-    assert check_pictures(data, 10_000) == 10_000
+    assert check_pictures(data, 10_000) == 2 * [Frames(10_000, 1, False)]
     item = data.index(b"iloc")
     start, length = struct.unpack_from(">II", data, item + 18)
     table = b"".join(struct.pack(">HHHII", number, 0, 1, start, length) for number in range(1, 10))
@@ -82,12 +82,22 @@ def test_all_pictures_together_have_a_limit() -> None:
     shifted = data[:end] + data[end:].replace(b"meta", b"free", 1) + meta  # where its data lies stays
     with pytest.raises(ImageTooManyPixels, match="90,000 or more together"):
         check_pictures(shifted, 10_000)
-    assert check_pictures(shifted, 12_000) == 10_000
+    assert len(check_pictures(shifted, 12_000)) == 9
 
 
 def test_a_frame_with_a_size_of_its_own_is_as_large_as_it_may_be() -> None:
-    assert largest_frame(memoryview(sequence(30, 20) + frame(False)), Units(100)) == 600
-    assert largest_frame(memoryview(sequence(30, 20) + frame(True)), Units(100)) == 2**32
+    assert frames_of(memoryview(sequence(30, 20) + frame(False)), Units(100)) == (600, 1, False)
+    assert frames_of(memoryview(sequence(30, 20) + frame(True)), Units(100)) == (2**32, 1, False)
+
+
+def test_hidden_frames_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = sequence(300, 200, deep=True) + 9 * frame(False)
+    assert frames_of(memoryview(stream), Units(100)) == (60_000, 9, True)
+    data = encode(picture("RGB", 300, 200), "AVIF")
+    monkeypatch.setattr("clipfleet.avif_boxes.frames_of", lambda *_: frames_of(memoryview(stream), Units(100)))
+    assert decoding_bytes(open_image(data)) >= (12 + 6 + 8 * 6) * 60_000  # each is kept
+    with pytest.raises(ImageTooManyPixels, match=r"540,000 with their hidden frames.* 2 times as much with its frames"):
+        open_image(data, ImageLimits(max_pixels=200_000))
 
 
 @pytest.mark.parametrize(
@@ -105,7 +115,7 @@ def test_a_frame_with_a_size_of_its_own_is_as_large_as_it_may_be() -> None:
 )
 def test_what_cannot_be_a_picture_is_damaged(stream: bytes) -> None:
     with pytest.raises(Damaged):
-        largest_frame(memoryview(stream), Units(100))
+        frames_of(memoryview(stream), Units(100))
 
 
 def test_an_avif_cut_within_its_picture_is_corrupt() -> None:

@@ -80,6 +80,21 @@ def test_a_png_of_endless_chunks_is_refused_unread() -> None:
         decode(data[:33] + 20_000 * chunk + data[33:], SPEC)
 
 
+def test_a_png_whose_pixels_come_in_crumbs_is_refused_unread() -> None:
+    """Pillow takes two steps of Python for each: 19 MB of single bytes took two seconds."""
+    header, rows = encode(Image.new("L", (100, 300)), "PNG")[:33], zlib.compress(bytes(101 * 300), 0)
+
+    def in_pieces(size: int) -> bytes:
+        pieces = (b"IDAT" + rows[start : start + size] for start in range(0, len(rows), size))
+        chunks = (struct.pack(">I", len(piece) - 4) + piece + struct.pack(">I", zlib.crc32(piece)) for piece in pieces)
+        return header + b"".join(chunks) + struct.pack(">I4sI", 0, b"IEND", zlib.crc32(b"IEND"))
+
+    assert is_decoded(in_pieces(256))
+    assert is_decoded(in_pieces(20))
+    with pytest.raises(ImageCorrupt, match="more than 10,000 chunks beside its pixels, or tiny ones"):
+        open_image(in_pieces(2))
+
+
 @pytest.mark.parametrize(
     "part",
     [
@@ -117,6 +132,21 @@ def test_a_tiff_whose_tile_is_larger_than_the_image() -> None:
     entries = [*grey(100, 100, 8), (322, 4, 1, 16384), (323, 4, 1, 16384), (324, 4, 1, 0), (325, 4, 1, len(tile))]
     with pytest.raises(ImageTooManyPixels, match="a tile of the TIFF has 16384 x 16384"):
         decode(tiff(entries, tile), SPEC)
+
+
+def test_a_tiff_whose_tiles_reach_far_beyond_the_image() -> None:
+    """Pillow decodes all of each tile: 20 of 64 megapixels took 2.6 s, and 62 kB may hold a thousand that lie in one place."""
+    tile = zlib.compress(bytes(8000 * 100))
+    tiles = [(322, 4, 1, 8000), (323, 4, 1, 100)]
+
+    def column(height: int) -> bytes:
+        count, end = height // 100, len(tiff([*grey(1, height, 8), *tiles, (324, 4, 2, 0), (325, 4, 2, 0)], b""))
+        places, sizes = struct.pack(f"<{count}I", *[end] * count), struct.pack(f"<{count}I", *[len(tile)] * count)
+        return tiff([*grey(1, height, 8), *tiles, (324, 4, count, places), (325, 4, count, sizes)], tile)
+
+    assert is_decoded(column(300))
+    with pytest.raises(ImageTooManyPixels, match="the TIFF with its tiles' full sizes has 8000 x 20000"):
+        open_image(column(20_000))
 
 
 @pytest.mark.parametrize(("order", "big"), [("<", False), (">", False), ("<", True)])
@@ -165,6 +195,64 @@ def test_a_tiff_of_endless_fractions_is_refused_unread(tag: int) -> None:
         open_image(data)
     with pytest.raises(ImageCorrupt, match=f"tag {tag} points nowhere" if tag != 65000 else "10,001 fractions"):
         open_image(data.replace(struct.pack("<HHI", tag, 4, 1), struct.pack("<HHI", tag, 9, 1)))
+
+
+def test_a_tiff_whose_fractions_are_two_directories_away() -> None:
+    entries = [*grey(2, 2), (273, 4, 1, 0), (278, 4, 1, 2), (279, 4, 1, 4)]
+    start = len(tiff([*entries, (34665, 4, 1, 0), (40965, 4, 1, 0)], bytes(4)))
+    exif = struct.pack("<HHHIII", 1, 40965, 4, 1, start + 18, 0)
+    inner = struct.pack("<HHHIII", 1, 33434, 5, 10_001, start + 36, 0)
+    data = tiff([*entries, (34665, 4, 1, start), (40965, 4, 1, start)], bytes(4) + exif + inner + bytes(8 * 10_001))
+    with pytest.raises(ImageCorrupt, match=r"tags have 10,001 fractions"):
+        open_image(data)
+
+
+@pytest.mark.parametrize("tag", [34665, 34853])
+def test_a_tiff_with_one_directory_many_times(tag: int) -> None:
+    """4,096 entries that lead to 4,096 each would be 17 million to check."""
+    entries = [*grey(2, 2), (273, 4, 1, 0), (278, 4, 1, 2), (279, 4, 1, 4)]
+    with pytest.raises(ImageCorrupt, match=f"there are 4,000 of the tag {tag}"):
+        open_image(tiff([*entries, *4000 * [(tag, 4, 1, 8)]], bytes(4)))
+
+
+def overlapping(kind: int, tags: int, size: int, width: int) -> bytes:
+    """A directory of tags whose values all lie in one place."""
+    place = 8 + 2 + 12 * tags + 4
+    entries = b"".join(struct.pack("<HHII", 1000 + number, kind, size // width, place) for number in range(tags))
+    return b"II*\0" + struct.pack("<IH", 8, tags) + entries + bytes(4) + bytes(size)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_exif_data_whose_values_lie_in_one_place(kind: str) -> None:
+    """Pillow before 13 copies all of them: 20 MiB became gigabytes."""
+    image = picture("RGB", 60, 40)
+    assert is_decoded(encode(image, kind, exif=overlapping(7, 10, 1_000_000, 1)))
+    with pytest.raises(ImageCorrupt, match=r"the tags of the EXIF data have 30,000,000 bytes, and it 1,000,374 itself"):
+        open_image(encode(image, kind, exif=overlapping(7, 30, 1_000_000, 1)))
+
+
+def test_an_index_of_pictures_in_a_jpeg_with_endless_fractions_is_refused_unread() -> None:
+    data = encode(picture("RGB", 60, 40), "JPEG")
+    for tags, refused in ((1, False), (10, True)):
+        index = b"MPF\0" + overlapping(5, tags, 40_000, 8)
+        segment = b"\xff\xe2" + struct.pack(">H", 2 + len(index)) + index
+        if not refused:
+            open_image(data[:2] + segment + data[2:])
+            continue
+        with pytest.raises(ImageCorrupt, match="the EXIF data's tags have 50,000 fractions"):
+            open_image(data[:2] + segment + data[2:])
+
+
+def test_exif_data_of_an_avif_with_endless_fractions_are_refused_unread() -> None:
+    """Pillow reads all of them where only the container says how the picture is turned: 19 MB took 8 s and 700 MB."""
+    image = picture("RGB", 60, 40)
+    turned = Image.Exif()
+    turned[274] = 6
+    turned[33434] = 0.5
+    assert is_decoded(encode(image, "AVIF", exif=turned.tobytes()))
+    exif = tiff([(274, 3, 1, 6), (33434, 5, 10_001, bytes(8 * 10_001))], b"")
+    with pytest.raises(ImageCorrupt, match="the EXIF data's tags have 10,001 fractions"):
+        open_image(encode(image, "AVIF", exif=exif))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
