@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from clipfleet.checkpoint import Checkpoint
+from clipfleet.checkpoint import Checkpoint, PixelSpec
 from clipfleet.images import PREPROCESSING_VERSION
 
 # Files that change tokens. Files that only describe the checkpoint (README, architectures) do not count.
@@ -30,18 +30,28 @@ def fingerprint(checkpoint: Checkpoint, *, exif_orientation: bool = True) -> str
     and are recorded beside it. Reading the weights takes about a second a gigabyte.
     """
     digest = hashlib.sha256()
-    recipe = {
-        "preprocessing": PREPROCESSING_VERSION,
-        "exif_orientation": exif_orientation,
-        "pixels": asdict(checkpoint.pixels),
-        "config": _model_settings(checkpoint.folder / "config.json"),
-    }
+    recipe = _preprocessing(checkpoint.pixels, exif_orientation)
+    recipe["config"] = _model_settings(checkpoint.folder / "config.json")
     digest.update(json.dumps(recipe, sort_keys=True).encode())
     for path in [*checkpoint.weight_files(), *_tokenizer_files(checkpoint.folder)]:
         digest.update(path.name.encode())
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
+
+
+def preprocessing_of(pixels: PixelSpec, *, exif_orientation: bool) -> str:
+    """Hash the part of it that a decoder knows, which has no weights, into 16 hexadecimal digits."""
+    recipe = _preprocessing(pixels, exif_orientation)
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _preprocessing(pixels: PixelSpec, exif_orientation: bool) -> dict[str, object]:
+    return {
+        "preprocessing": PREPROCESSING_VERSION,
+        "exif_orientation": exif_orientation,
+        "pixels": asdict(pixels),
+    }
 
 
 def _tokenizer_files(folder: Path) -> list[Path]:

@@ -78,10 +78,10 @@ class Body:
         )
 
 
-# A JSON string, whose closing quote may be missing, or a sign of structure; no backtracking, so any body takes one pass.
-_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[,\[{]', re.DOTALL)
+# Whatever is neither, and then a JSON string, whose closing quote may be missing, or a sign of structure (group 1); no
+# backtracking and no second start, so any body takes one pass.
+_TOKEN = re.compile(rb'[^",\[{]*+(?:"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|([,\[{])|\Z)', re.DOTALL)
 _STRUCTURE = (b",", b"[", b"{")
-_QUOTE = ord('"')
 
 _NAME = re.compile(r"[A-Za-z_][\w-]{0,39}", re.ASCII)  # of a field, as it may stand in a message
 
@@ -96,7 +96,7 @@ def check_structure(data: bytes, most: int) -> None:
     # Signs of structure but those in texts and data URIs. What is JSON has two strings for one of them at most; the rest of
     # what has more is not even looked at.
     tokens = list(islice(_TOKEN.finditer(data), 3 * most + 3))
-    if len(tokens) == 3 * most + 3 or sum(data[token.start()] != _QUOTE for token in tokens) > most:
+    if len(tokens) == 3 * most + 3 or sum(token.lastindex is not None for token in tokens) > most:
         raise TooManyItems(
             f"the body holds more than {most:,} JSON values, which is more than the limits on items allow; "
             "send them in several requests",

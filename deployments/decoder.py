@@ -18,6 +18,7 @@ from clipfleet import threads
 from clipfleet.checkpoint import find_checkpoint
 from clipfleet.decode_process import DecodeProcess
 from clipfleet.errors import ClipfleetError, DeadlineExceeded, ImageCrashedDecoder, ImageError
+from clipfleet.fingerprint import preprocessing_of
 from clipfleet.image_files import ImageLimits, decoding_bytes, open_image
 from clipfleet.images import check_size, to_picture
 from clipfleet.settings import ServiceSettings
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 _APART = 2  # images at once, each in a process of its own
 _MOST_BYTES_A_PIXEL = 20  # of decoding_bytes, over all formats and modes
+_PATIENCE_S, _PAUSE_S = 5.0, 0.05  # of an image that waits for memory in its turn, and between two turns
 
 Pixels = np.ndarray | ClipfleetError  # one image's outcome: (H, W, 3) uint8, or what was wrong
 
@@ -53,20 +55,37 @@ class MemoryBudget:
         self.limit = limit
         self._held = 0
         self._freed = threading.Condition()
+        # Of the one that waits for memory: later ones, which may be smaller, do not pass it.
+        self._turn = threading.Lock()
 
     @contextmanager
     def hold(self, size: int, seconds: float | None = None) -> Iterator[None]:
         """Wait until `size` more bytes fit, and hold them. Raises DeadlineExceeded if that takes longer than `seconds`."""
-        with self._freed:
-            if not self._freed.wait_for(lambda: self._held == 0 or self._held + size <= self.limit, seconds):
+        end = float("inf") if seconds is None else time.monotonic() + seconds
+        while not self._take(size, end):
+            if time.monotonic() >= end:
                 raise DeadlineExceeded("the deadline passed while the image waited to be decoded")
-            self._held += size
         try:
             yield
         finally:
             with self._freed:
                 self._held -= size
                 self._freed.notify_all()
+
+    def _take(self, size: int, end: float) -> bool:
+        """Wait for a turn, and in it for the memory; not for longer than it should take, since an image may hang."""
+        if not self._turn.acquire(timeout=min(max(0.0, end - time.monotonic()), threading.TIMEOUT_MAX)):
+            return False
+        try:
+            with self._freed:
+                patience = min(max(0.0, end - time.monotonic()), _PATIENCE_S)
+                fits = self._freed.wait_for(lambda: self._held == 0 or self._held + size <= self.limit, patience)
+                self._held += size if fits else 0
+        finally:
+            self._turn.release()
+        if not fits:
+            time.sleep(_PAUSE_S)  # or this thread would have the next turn as well
+        return fits
 
 
 class DecoderReplica:
@@ -81,6 +100,7 @@ class DecoderReplica:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides GPUs from nobody who asks for none
         self._spec = find_checkpoint(settings.model, weights=False).pixels
         self._limits = image_limits(settings)
+        self._preprocessing = preprocessing_of(self._spec, exif_orientation=settings.exif_orientation)
         self._budget = MemoryBudget(settings.limits.decoding_bytes)
         self._threads = ThreadPoolExecutor(threads.of_decoder(), "decode", threads.give_way)
         self._apart = ThreadPoolExecutor(_APART, "decode-apart", threads.give_way)
@@ -88,17 +108,24 @@ class DecoderReplica:
         memory.collect_rarely()
         memory.return_freed()
 
-    async def decode(self, images: Sequence[bytes], deadline: float) -> list[Pixels]:
+    async def decode(self, images: Sequence[bytes], deadline: float, preprocessing: str | None = None) -> list[Pixels]:
         """Decode each image to the checkpoint's pixels: one array or error an image, in order.
 
-        `deadline` is wall-clock time; images whose turn comes later are not decoded.
+        `deadline` is wall-clock time; images whose turn comes later are not decoded. Nothing is decoded where the pixels
+        that are wanted, by preprocessing_of, are another checkpoint's.
         """
+        if preprocessing not in (None, self._preprocessing):
+            return []
         loop, trace = asyncio.get_running_loop(), tracing.here()
         work = (loop.run_in_executor(self._threads, self._decode, image, deadline, trace) for image in images)
         return list(await asyncio.gather(*work))
 
-    async def decode_apart(self, images: Sequence[bytes], deadline: float) -> list[Pixels]:
+    async def decode_apart(
+        self, images: Sequence[bytes], deadline: float, preprocessing: str | None = None
+    ) -> list[Pixels]:
         """As decode, in a child process: for images one of which may have ended the replica that held them."""
+        if preprocessing not in (None, self._preprocessing):
+            return []
         return await asyncio.get_running_loop().run_in_executor(self._apart, self._decode_apart, images, deadline)
 
     async def probe(self, deadline: float) -> float:

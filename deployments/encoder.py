@@ -13,7 +13,7 @@ from ray.serve.metrics import Counter, Histogram
 
 from clipfleet import threads
 from clipfleet.checkpoint import find_checkpoint
-from clipfleet.fingerprint import fingerprint
+from clipfleet.fingerprint import fingerprint, preprocessing_of
 from clipfleet.settings import BatchSettings, ServiceSettings, parse
 from deployments import logs, memory, tracing
 from deployments.batching import Batcher
@@ -72,6 +72,7 @@ class EncoderReplica:
             threads=own_threads,
         )
         self._fingerprint = fingerprint(checkpoint, exif_orientation=settings.exif_orientation)
+        self._preprocessing = preprocessing_of(checkpoint.pixels, exif_orientation=settings.exif_orientation)
         self._forward(self._probe_items())  # the first pass is the slow one
         self._alone_s = min(self._pass_alone() for _ in range(5))  # others start beside it
         self._mean_batch: float | None = None
@@ -120,6 +121,7 @@ class EncoderReplica:
             "context_length": encoder.context_length,
             "image_size": encoder.image_size,
             "fingerprint": self._fingerprint,
+            "preprocessing": self._preprocessing,
             "precision": encoder.precision,
             "engine": encoder.engine,
             "logit_scale": encoder.logit_scale,

@@ -12,7 +12,9 @@ import socket
 import ssl
 import time
 from collections.abc import AsyncIterator, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
@@ -29,6 +31,7 @@ _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _COMPATIBLE = ipaddress.ip_network("::/96")  # IPv4 in IPv6, as it once was
 _AZURE = ipaddress.ip_address("168.63.129.16")
 _REDIRECTS = (301, 302, 303, 307, 308)
+_LOOKUPS = 4  # of names, for each image that may arrive at once
 _LONGEST = 2048  # characters of an address
 _KEPT = "/%:@!$&'()*+,;=~-._"  # of a path: what is quoted already stays as it is
 _HEADERS = [(b"Accept", b"image/*"), (b"Accept-Encoding", b"identity"), (b"User-Agent", b"clipfleet")]
@@ -61,7 +64,10 @@ def _carried(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
 class CheckedNetwork(httpcore.AsyncNetworkBackend):
     """Connects to addresses that were checked, and to nothing else."""
 
-    def __init__(self, allowed: Iterable[str]) -> None:
+    def __init__(self, allowed: Iterable[str], lookups: int) -> None:
+        # Threads of its own: one whose name server does not answer is busy for longer than anyone waits for it, and asyncio's
+        # few would soon be all busy with names of one key.
+        self._lookups = ThreadPoolExecutor(lookups, "look-up")
         self._allowed = [ipaddress.ip_network(network) for network in allowed]
         self._network: Any = httpcore.AnyIOBackend()
 
@@ -85,7 +91,8 @@ class CheckedNetwork(httpcore.AsyncNetworkBackend):
     async def _resolve(self, host: str, port: int) -> list[Address]:
         try:
             # The resolver also knows the old spellings of an address: 2130706433, 0x7f.1, 0177.0.0.1.
-            found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            look_up = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+            found = await asyncio.get_running_loop().run_in_executor(self._lookups, look_up)
             return [ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found]
         except (OSError, UnicodeError, ValueError) as error:
             raise ImageNotFetched(f"{host!r} cannot be resolved: {error}") from None
@@ -106,7 +113,7 @@ class Fetcher:
             ssl_context=ssl.create_default_context(),
             max_connections=settings.at_once,
             keepalive_expiry=5.0,
-            network_backend=CheckedNetwork(settings.allowed_networks),
+            network_backend=CheckedNetwork(settings.allowed_networks, _LOOKUPS * settings.at_once),
         )
 
     async def fetch(self, address: str, seconds: float, key: str | None = None) -> bytes:

@@ -115,8 +115,8 @@ def public_bind(host: str, port: str, certificate: str = "") -> str:
 
 def _frontend(host: str, port: str, folder: Path, certificate: str) -> str:
     rules = [f"    http-request del-header {name}" for name in DROPPED_HEADERS]
-    rules.append("    http-request del-header X-Request-Id if { req.hdr(X-Request-Id) -m reg [^\\\\x21-\\\\x7e] }")
-    rules.append(f"    http-request del-header X-Request-Id if {{ req.hdr(X-Request-Id),length gt {LONGEST_NAME} }}")
+    rules.append("    http-request del-header X-Request-Id if { req.fhdr(X-Request-Id) -m reg [^\\\\x21-\\\\x7e] }")
+    rules.append(f"    http-request del-header X-Request-Id if {{ req.fhdr(X-Request-Id),length gt {LONGEST_NAME} }}")
     rules.append(f"    http-request return status 404 errorfile {folder / '404.http'} if {{ {HIDDEN_PATHS} }}")
     malformed = f"    http-request return status 400 errorfile {folder / '400.http'} if"
     rules += [f"{malformed} !{{ method {METHODS} }}", f"{malformed} {{ url_len gt {LONGEST_URL} }}"]
@@ -220,24 +220,28 @@ def with_servers(config: str, known: dict[str, str]) -> tuple[str, dict[str, str
     return "".join(sections), found or known
 
 
-def with_buffers(config: str) -> str:
-    """The whole configuration with smaller buffers where there is one server.
+def _with_small_buffers(config: str) -> str:
+    """Serve's configuration with the buffers of one server.
 
     HAProxy copies the whole buffer of every request, to be able to send it again: 0.7 ms for 4 MiB. One replica is not worth
     that, since there is none other to send it to; uploads over 1 MiB then reach it while they still arrive.
     """
-    if len(re.findall(r"^    server (?!.* backup$)", config, re.MULTILINE)) > 1:
-        return config
     return config.replace(f"    tune.bufsize {BUFFER_BYTES}\n", f"    tune.bufsize {BUFFER_BYTES_ALONE}\n")
 
 
 def edit_file(path: Path, host: str, port: str, certificate: str) -> None:
     write_answers(path.parent)
     edited, servers = path.with_suffix(".edited"), path.with_suffix(".servers")
-    known = json.loads(servers.read_text()) if servers.exists() else {}
-    config, known = with_servers(edit(path.read_text(), path.parent, host, port, certificate), known)
+    before = json.loads(servers.read_text()) if servers.exists() else {}
+    generated = path.read_text()
+    config, known = with_servers(edit(generated, path.parent, host, port, certificate), before)
+    if (
+        config.count("\n    server ") < 2
+    ):  # edited anew, because the places for requests follow from the size of the buffers
+        small = _with_small_buffers(generated)
+        config, known = with_servers(edit(small, path.parent, host, port, certificate), before)
     servers.write_text(json.dumps(known))
-    edited.write_text(with_buffers(config))
+    edited.write_text(config)
     edited.replace(path)  # in place: Serve knows its own workers by this path on their command line
 
 

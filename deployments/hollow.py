@@ -25,7 +25,7 @@ _FINGERPRINT = "hollow"
 class HollowDecoder:
     """Answers each image with the same black pixels."""
 
-    async def decode(self, images: Sequence[bytes], deadline: float) -> list[np.ndarray]:
+    async def decode(self, images: Sequence[bytes], deadline: float, preprocessing: str | None) -> list[np.ndarray]:
         return [_PIXELS] * len(images)
 
     async def probe(self, deadline: float) -> float:
@@ -52,7 +52,7 @@ class HollowEncoder:
     async def describe(self) -> dict[str, Any]:
         return {
             "id": self._settings.served_model_name or "hollow", "revision": None, "dimension": len(_VECTOR),
-            "context_length": 77, "image_size": 224, "fingerprint": _FINGERPRINT, "precision": "float32",
+            "context_length": 77, "image_size": 224, "fingerprint": _FINGERPRINT, "preprocessing": None, "precision": "float32",
             "engine": "none", "logit_scale": 100.0, "logit_bias": None,
             "alone_s": 1e-4,
         }  # fmt: skip

@@ -1,15 +1,23 @@
-"""An answer's head leaves an ingress together with its body.
+"""How an answer leaves an ingress: its head together with its body, and its connection not long after it.
 
 Serve passes the two from one thread to another, so the HTTP server often writes the head alone and the body a moment later. A
 replica that is killed in between leaves half an answer with the client, which HAProxy cannot ask for again; one that has sent
 nothing costs nobody a request.
+
+A request may be answered before all of it is there, such as one without its key. The HTTP server would wait for the rest for
+ever if some of it came now and then, and HAProxy would keep one of its places for it.
 """
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from uvicorn.protocols.http import h11_impl, httptools_impl
+
+LINGER_S = (
+    10.0  # for the rest of a request that is answered: a client that is cut off while it sends may not see the answer
+)
 
 
 class _Joined:
@@ -36,7 +44,7 @@ class _Joined:
 
 
 def hold_heads() -> None:
-    """Have the HTTP server of this process keep a head until the body's first part is there."""
+    """Have the HTTP server of this process keep a head until the body's first part is there, and end what is answered early."""
     for module in (h11_impl, httptools_impl):
         _hold_heads(module.RequestResponseCycle)
 
@@ -51,16 +59,24 @@ def _hold_heads(cycle: Any) -> None:
             self.held_head = message
             return
         head = self.__dict__.pop("held_head", None)
+        transport = self.transport
         if head is None:
             await send(self, message)
-            return
-        transport, self.transport = self.transport, _Joined(self.transport)
-        try:
-            await send(self, head)
-            await send(self, message)
-        finally:
-            self.transport.flush()
-            self.transport = transport
+        else:
+            self.transport = _Joined(transport)
+            try:
+                await send(self, head)
+                await send(self, message)
+            finally:
+                self.transport.flush()
+                self.transport = transport
+        if self.response_complete and self.more_body:
+            asyncio.get_running_loop().call_later(LINGER_S, _end, transport, self)
 
     send_together.holds_heads = True  # type: ignore[attr-defined]
     cycle.send = send_together
+
+
+def _end(transport: Any, cycle: Any) -> None:
+    if transport.get_protocol().cycle is cycle:  # otherwise the rest came, and another request after it
+        transport.close()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -34,7 +34,10 @@ _FINAL_STATUSES = (StatusCode.RESOURCE_EXHAUSTED, StatusCode.INVALID_ARGUMENT, S
 
 
 class CheckpointChanged(Unavailable):
-    """An encoder has another checkpoint than the one that answers name."""
+    """A replica has another checkpoint than the one that answers name."""
+
+    def __init__(self) -> None:
+        super().__init__("the service is changing its checkpoint; try again", retry_after=5)
 
 
 class ReplicaLost(Exception):
@@ -53,12 +56,12 @@ class Pipeline:
         self.batches: dict[str, float | None] = {"image": None, "text": None}  # the mean sizes that encoders said last
 
     async def embed(
-        self, inputs: Sequence[Input], deadline: float, fingerprint: str, finish: Callable[[str, int], None]
+        self, inputs: Sequence[Input], deadline: float, model: Mapping[str, Any], finish: Callable[[str, int], None]
     ) -> list[Outcome]:
-        """One outcome an input, in order, by encoders of that fingerprint. `deadline` is wall-clock time; `finish` is called
-        with "images" or "texts" and their number whenever some of them are done.
+        """One outcome an input, in order, by replicas of that model. `deadline` is wall-clock time; `finish` is called with
+        "images" or "texts" and their number whenever some of them are done.
 
-        Raises ServiceError for the whole request; CheckpointChanged where an encoder has another fingerprint.
+        Raises ServiceError for the whole request; CheckpointChanged where a replica has another checkpoint.
         """
         outcomes: dict[int, Outcome] = {i: item for i, item in enumerate(inputs) if isinstance(item, ClipfleetError)}
         images = {i: len(item) for i, item in enumerate(inputs) if isinstance(item, bytes)}
@@ -69,7 +72,7 @@ class Pipeline:
         ]
 
         async def call(what: str, chunk: list[int], embed: Callable[..., Awaitable[list[Outcome]]]) -> list[Outcome]:
-            found = await embed([inputs[i] for i in chunk], deadline, fingerprint)
+            found = await embed([inputs[i] for i in chunk], deadline, model)
             finish(what, sum(not isinstance(outcome, ServiceError) for outcome in found))
             return found
 
@@ -82,34 +85,36 @@ class Pipeline:
             outcomes.update(zip(chunk, task.result(), strict=True))
         return [outcomes[i] for i in range(len(inputs))]
 
-    async def _embed_texts(self, texts: list[str], deadline: float, fingerprint: str) -> list[Outcome]:
+    async def _embed_texts(self, texts: list[str], deadline: float, model: Mapping[str, Any]) -> list[Outcome]:
         encoded = await _again(lambda: self.text_encoder.encode.remote(texts, deadline))
         self.batches["text"] = encoded.batch
-        return _checked(encoded, fingerprint)
+        return _checked(encoded, model)
 
-    async def _embed_images(self, images: list[bytes], deadline: float, fingerprint: str) -> list[Outcome]:
-        outcomes = await self._decode(images, deadline)
+    async def _embed_images(self, images: list[bytes], deadline: float, model: Mapping[str, Any]) -> list[Outcome]:
+        outcomes = await self._decode(images, deadline, model.get("preprocessing"))
+        if not outcomes:
+            raise CheckpointChanged
         good = [i for i, outcome in enumerate(outcomes) if isinstance(outcome, np.ndarray)]
         if good:
             pixels = [outcomes[i] for i in good]
             encoded = await _again(lambda: self.image_encoder.encode.remote(pixels, deadline))
             self.batches["image"] = encoded.batch
-            for i, vector in zip(good, _checked(encoded, fingerprint), strict=True):
+            for i, vector in zip(good, _checked(encoded, model), strict=True):
                 outcomes[i] = vector
         return outcomes
 
-    async def _decode(self, images: list[bytes], deadline: float) -> list[Any]:
+    async def _decode(self, images: list[bytes], deadline: float, preprocessing: str | None) -> list[Any]:
         try:
-            return await _call(self.decoder.decode.remote(images, deadline))
+            return await _call(self.decoder.decode.remote(images, deadline, preprocessing))
         except ReplicaLost:
             logger.warning("a decoder died with {} images; trying them in a process of their own", len(images))
         # One of these images may be what killed it, so none goes near another replica's process again.
-        return await _again(lambda: self.decoder.decode_apart.remote(images, deadline))
+        return await _again(lambda: self.decoder.decode_apart.remote(images, deadline, preprocessing))
 
 
-def _checked(encoded: Encoded, fingerprint: str) -> list[Outcome]:
-    if encoded.fingerprint != fingerprint:
-        raise CheckpointChanged("the service is changing its checkpoint; try again", retry_after=5)
+def _checked(encoded: Encoded, model: Mapping[str, Any]) -> list[Outcome]:
+    if encoded.fingerprint != model["fingerprint"]:
+        raise CheckpointChanged
     return encoded.outcomes
 
 

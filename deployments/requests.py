@@ -152,7 +152,7 @@ class Requests:
         fingerprint = model["fingerprint"]
         known = self._cache.find(inputs, fingerprint)
         missing = [item for number, item in enumerate(inputs) if number not in known]
-        computed = await self._compute(asked, missing, fingerprint) if missing else []
+        computed = await self._compute(asked, missing, model) if missing else []
         self._cache.keep(missing, computed, fingerprint)
         rest = iter(computed)
         return model, [known[number] if number in known else next(rest) for number in range(len(inputs))]
@@ -190,13 +190,13 @@ class Requests:
             raise failed.exceptions[0] from None
         return [item.result() if isinstance(item, asyncio.Task) else item for item in found]
 
-    async def _compute(self, asked: Asked, inputs: Sequence[Input], fingerprint: str) -> list[Outcome]:
+    async def _compute(self, asked: Asked, inputs: Sequence[Input], model: dict[str, Any]) -> list[Outcome]:
         images = sum(isinstance(item, bytes) for item in inputs)
         texts = sum(isinstance(item, str) for item in inputs)
         with self.admission.hold_items(images, texts, asked.seconds_left, asked.key) as finish:
             try:
                 async with asyncio.timeout(asked.seconds_left):
-                    outcomes = await self._pipeline.embed(inputs, asked.deadline, fingerprint, finish)
+                    outcomes = await self._pipeline.embed(inputs, asked.deadline, model, finish)
             except CheckpointChanged:
                 self.health.forget_model()
                 raise

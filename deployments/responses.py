@@ -94,10 +94,14 @@ def error_response(error: ClipfleetError, param: str | None = None) -> Response:
     return response
 
 
-def json_response(content: object, status: int = 200) -> Response:
-    """JSON by orjson, which writes numpy vectors from their buffers."""
+def json_response(content: object, status: int = 200, *, fingerprint: str | None = None) -> Response:
+    """JSON by orjson, which writes numpy vectors from their buffers; those were made by the checkpoint of that fingerprint.
+
+    The gate's would be the fingerprint of now, which may have changed while they were computed.
+    """
     body = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
-    return Response(body, status, media_type="application/json")
+    headers = {FINGERPRINT_HEADER: fingerprint} if fingerprint else None
+    return Response(body, status, headers, media_type="application/json")
 
 
 def vector(outcome: Outcome) -> np.ndarray:
@@ -125,7 +129,6 @@ def npy_response(outcomes: Sequence[Outcome], options: Options, model: Mapping[s
     bad = {i: outcome for i, outcome in enumerate(outcomes) if isinstance(outcome, ClipfleetError)}
     missing = np.full(model["dimension"], np.nan, np.float32)
     rows = [missing if i in bad else vector(outcome) for i, outcome in enumerate(outcomes)]
-    # The gate's would be the fingerprint of now, which may have changed while this was computed.
     headers = {FINGERPRINT_HEADER: model["fingerprint"]}
     response = Response(to_npy(np.stack(rows), options.dtype), media_type=NPY, headers=headers)
     if bad:

@@ -154,7 +154,8 @@ class Routes:
                 "model": model["id"],
                 "fingerprint": model["fingerprint"],
                 "results": [asdict(result) for result in ranked],
-            }
+            },
+            fingerprint=model["fingerprint"],
         )
 
     async def models(self) -> Response:
@@ -201,5 +202,6 @@ def _embeddings(outcomes: list[Outcome], options: schemas.Options, model: dict[s
             "model": model["id"],
             "fingerprint": model["fingerprint"],
             "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
-        }
+        },
+        fingerprint=model["fingerprint"],
     )

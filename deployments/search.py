@@ -19,6 +19,7 @@ from clipfleet.errors import (
     DeadlineExceeded,
     FingerprintMismatch,
     InvalidRequest,
+    Overloaded,
     RouteNotFound,
     SetupError,
     Unavailable,
@@ -38,6 +39,7 @@ T = TypeVar("T")
 _CHECKED_S = 10.0  # how long a collection's fingerprint is taken to be what it was
 _PATIENCE_S = 5.0  # another process may still have the folder: the service before an upgrade, or a job
 _THREADS = 8  # searches of a server at once; a folder's take turns
+_WAITING = 64  # of each that is at work: others get 429, since they would only wait
 _TIMEOUT_S = 5  # of a server
 _FILTER_LEVELS = 12
 _LEAST = 1e-6  # the length of a sum of unit vectors that cancel out
@@ -54,6 +56,7 @@ class Searcher:
         self.templates = settings.templates
         threads = 1 if self._collection.is_folder else _THREADS
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="search")
+        self._asked, self._most_asked = 0, _WAITING * threads
         # Values and letters of a filter. In local mode Python compares each of them with each point.
         self._most = (64, 1000) if self._collection.is_folder else (1024, 20_000)
         self._points: Points | None = None
@@ -64,7 +67,10 @@ class Searcher:
         self._closed = False
 
     async def ask(self, question: Callable[[Points], T], fingerprint: str, dimension: int, seconds: float) -> T:
-        """What the collection answers. Raises Unavailable or DeadlineExceeded."""
+        """What the collection answers. Raises Overloaded, Unavailable or DeadlineExceeded."""
+        if self._asked >= self._most_asked:
+            raise Overloaded(f"{self._asked:,} searches wait; the limit is {self._most_asked:,}", retry_after=1)
+        self._asked += 1
         try:
             async with asyncio.timeout(seconds):
                 points = await self._opened(fingerprint, dimension)
@@ -85,6 +91,8 @@ class Searcher:
             raise Unavailable(
                 "the collection cannot be searched now; the service's log says why", retry_after=2
             ) from error
+        finally:
+            self._asked -= 1
 
     def filter(self, content: dict[str, Any] | None) -> models.Filter | None:
         """Qdrant's filter of its JSON. Raises InvalidRequest."""
@@ -180,7 +188,8 @@ class SearchRoute:
                         return error_response(outcome, place)
 
             async def ask(question: Callable[[Points], T]) -> T:
-                return await searcher.ask(question, model["fingerprint"], model["dimension"], asked.seconds_left)
+                with requests.admission.hold_key(asked.key, 1):
+                    return await searcher.ask(question, model["fingerprint"], model["dimension"], asked.seconds_left)
 
             query = np.zeros(model["dimension"], np.float32)
             for place, weight, row, part in zip(places, weights, rows, embedded, strict=True):
@@ -203,7 +212,8 @@ class SearchRoute:
             {"id": str(hit.payload.get("id", hit.point)), "score": hit.score, "payload": hit.payload} for hit in hits
         ]
         return json_response(
-            {"object": "list", "model": model["id"], "fingerprint": model["fingerprint"], "results": results}
+            {"object": "list", "model": model["id"], "fingerprint": model["fingerprint"], "results": results},
+            fingerprint=model["fingerprint"],
         )
 
     def _inputs(self, parts: Sequence[WeightedItem], templates: Sequence[str]) -> list[list[Input | ImageUrl]]:

@@ -56,7 +56,7 @@ def add_routes(app: FastAPI, requests: Requests, *, show: bool) -> None:
                 ]
                 count = len(texts)
                 del wanted, texts, images
-                _, outcomes = await requests.embed(asked, read)
+                model, outcomes = await requests.embed(asked, read)
         except ClipfleetError as error:
             return _refusal(error, error.message)
         for number, outcome in enumerate(outcomes):
@@ -64,7 +64,8 @@ def add_routes(app: FastAPI, requests: Requests, *, show: bool) -> None:
                 place = f"texts[{number}]" if number < count else f"images[{number - count}]"
                 return _refusal(outcome, f"{place}: {outcome.message}")
         vectors = [vector(outcome) for outcome in outcomes]
-        return json_response({"textVectors": vectors[:count], "imageVectors": vectors[count:]})
+        content = {"textVectors": vectors[:count], "imageVectors": vectors[count:]}
+        return json_response(content, fingerprint=model["fingerprint"])
 
     async def meta() -> Response:
         """For Weaviate: the served model."""

@@ -30,6 +30,7 @@ from clipfleet.encoder import Encoder
 from clipfleet.fingerprint import fingerprint
 from clipfleet.images import decode
 from clipfleet.load import image_request
+from deployments.haproxy_wrapper import BUFFER_BYTES_ALONE
 from faults.report import Row
 from faults.served import ROOT, Served, config, serve
 from faults.traffic import Picture, Seen, post, traffic
@@ -52,14 +53,14 @@ PROCESSES = (
 def pictures(*models: str | Path, count: int = 96) -> list[Picture]:
     """Photographs, with their vectors by the library."""
     files = data.files(data.photographs(data.LIBRARY_FILES))[:count]
-    vectors = {fingerprint(find_checkpoint(str(model))): _vectors(model, files) for model in models}
+    vectors = {fingerprint(find_checkpoint(str(model))): vectors_of(model, files) for model in models}
     return [
         Picture(file.read_bytes(), {made_by: found[number : number + 1] for made_by, found in vectors.items()})
         for number, file in enumerate(files)
     ]
 
 
-def _vectors(model: str | Path, files: Sequence[Path]) -> np.ndarray:
+def vectors_of(model: str | Path, files: Sequence[Path]) -> np.ndarray:
     with CLIPEmbedder(str(model), "cpu") as embedder:
         found = asyncio.run(embedder.generate_embeddings_batch([str(file) for file in files], show_progress=False))
     return np.stack([vector for vector in found if vector is not None])
@@ -281,9 +282,10 @@ def _slow_upload(port: int, seconds: float) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     connection.putrequest("POST", "/v1/embeddings/images")
     connection.putheader("Content-Type", "application/octet-stream")
-    connection.putheader("Content-Length", "100000")
+    connection.putheader("Content-Length", "2000000")
     with suppress(OSError):
         connection.endheaders()
+        connection.send(bytes(BUFFER_BYTES_ALONE))  # what HAProxy holds back; the rest is an ingress's
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             connection.send(b"x")

@@ -10,16 +10,21 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
+from PIL import ExifTags, Image
 
+from benchmarks import data
 from benchmarks.processes import below
-from faults.chaos import CLIENTS, pictures, row_of
+from clipfleet.checkpoint import find_checkpoint
+from clipfleet.fingerprint import fingerprint
+from faults.chaos import CLIENTS, pictures, row_of, vectors_of
 from faults.report import Row
 from faults.served import ROOT, config, is_ready
-from faults.traffic import traffic
+from faults.traffic import Picture, Seen, traffic
 
 BIN = Path(sys.executable).parent
 PORT = 8480
@@ -75,9 +80,43 @@ def _status(variables: dict[str, str]) -> str:
     return (yaml.safe_load(done.stdout) or {}).get("applications", {}).get("clipfleet", {}).get("status", "")
 
 
+def _turned(folder: Path) -> list[Picture]:
+    """Photographs that say that they are turned, with their vectors with and without heeding that."""
+    plain = data.files(data.photographs(data.LIBRARY_FILES))[:32]
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    segment = b"\xff\xe1" + (2 + len(exif.tobytes())).to_bytes(2, "big") + exif.tobytes()
+    turned = [folder / file.name for file in plain]
+    for file, other in zip(plain, turned, strict=True):
+        content = file.read_bytes()
+        other.write_bytes(content[:2] + segment + content[2:])
+    tiny = find_checkpoint("tiny")
+    ways = [
+        (fingerprint(tiny, exif_orientation=heeded), vectors_of("tiny", files))
+        for heeded, files in ((True, turned), (False, plain))
+    ]
+    return [
+        Picture(file.read_bytes(), {made_by: found[number : number + 1] for made_by, found in ways})
+        for number, file in enumerate(turned)
+    ]
+
+
+def _changed(shown: list[Picture], folder: Path, variables: dict[str, str], **arguments: Any) -> tuple[Seen, float]:
+    """What clients see of a deploy of other arguments, and the seconds that it takes."""
+    with traffic(PORT, shown, CLIENTS) as seen:
+        time.sleep(3)
+        began = time.monotonic()
+        _deploy(config(REPLICAS, model="tiny", **arguments), folder, variables)
+        time.sleep(5)
+        while _status(variables) != "RUNNING" and time.monotonic() - began < 300:
+            time.sleep(1)
+        took = time.monotonic() - began
+        time.sleep(5)
+    return seen, took
+
+
 def measure() -> list[Row]:
     """Settings that change in place, with two replicas of each deployment."""
-    shown = pictures("tiny")
     rows = []
     with tempfile.TemporaryDirectory(prefix="cf-", dir="/tmp") as temporary:
         folder = Path(temporary)
@@ -88,16 +127,14 @@ def measure() -> list[Row]:
                 if time.monotonic() > end:
                     raise TimeoutError("the application did not become ready")
                 time.sleep(1)
-            with traffic(PORT, shown, CLIENTS) as seen:
-                time.sleep(3)
-                began = time.monotonic()
-                _deploy(config(REPLICAS, model="tiny", limits={"deadline_s": 25}), folder, variables)
-                time.sleep(5)
-                while _status(variables) != "RUNNING" and time.monotonic() - began < 300:
-                    time.sleep(1)
-                took = time.monotonic() - began
-                time.sleep(5)
+            seen, took = _changed(pictures("tiny"), folder, variables, limits={"deadline_s": 25})
             rows.append(
                 row_of(f"`serve deploy` of other limits, two replicas of each, done after {took:.0f} s", 1, seen)
             )
+            seen, took = _changed(_turned(folder), folder, variables, exif_orientation=False)
+            row = row_of(f"`serve deploy` that turns EXIF off, so other vectors, done after {took:.0f} s", 1, seen)
+            # What would mix the two is refused; a wrong vector is one that is not of the fingerprint beside it.
+            kept = not seen.wrong and set(seen.failures) <= {"status 503"} and len(seen.fingerprints) == 2
+            by = ", ".join(f"{made_by} {count}" for made_by, count in seen.fingerprints.items())
+            rows.append(replace(row, outcome=f"{row.outcome}; answers by fingerprint: {by}", kept=kept))
     return rows

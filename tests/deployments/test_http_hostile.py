@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import socket
 import time
 import zlib
 from collections import Counter
@@ -16,7 +17,12 @@ from pathlib import Path
 import httpx
 import pytest
 
+from clipfleet.errors import TooManyItems
+from deployments.bodies import check_structure
+from deployments.haproxy_wrapper import BUFFER_BYTES_ALONE
+from deployments.one_piece import LINGER_S
 from faults.mutate import mutants
+from tests.deployments.processes import until
 from tests.deployments.raw import Answer, chunked, request, send
 from tests.deployments.service import Service
 from tests.deployments.test_http_embeddings import refused, vectors
@@ -203,6 +209,46 @@ def test_who_wants_a_websocket_gets_the_page(service: Service) -> None:
     wanted = ("Connection: Upgrade", "Upgrade: websocket", key, "Sec-WebSocket-Version: 13")
     answer = one(service, request(b"", *wanted, method="GET", path="/v1/models", length=False))
     assert answer.status == 200
+
+
+def test_connections_whose_requests_are_answered_and_go_on_for_ever_end(service: Service) -> None:
+    """HAProxy has a place for each, and the rest of a body may come as slowly as a client likes."""
+    head = request(b"", "Content-Length: 60000000", path="/absent", length=False, last=False)
+    connections = [socket.create_connection(("127.0.0.1", service.port), timeout=20) for _ in range(4)]
+    for connection in connections:
+        connection.sendall(head + bytes(BUFFER_BYTES_ALONE))
+    for connection in connections:
+        assert connection.recv(2**16).startswith(b"HTTP/1.1 404")
+
+    def all_ended() -> bool:
+        for connection in list(connections):
+            try:
+                connection.sendall(b"x")
+            except OSError:
+                connections.remove(connection)
+                connection.close()
+        return not connections
+
+    until(all_ended, 3 * LINGER_S, "an end of all")
+
+
+@pytest.mark.parametrize(
+    ("body", "values"),
+    [
+        (b'{"input": ["a", "b"]}', 3),
+        (b'["a,b[{", "\\",[{", "c"]', 3),
+        (b"[,,,", 4),
+        (b" " * 1000 + b"[[", 2),
+        (b'["never closed,,,', 1),
+        (b'["never closed\\', 1),
+        (b"no sign", 0),
+    ],
+)
+def test_values_of_json_are_counted_outside_its_strings(body: bytes, values: int) -> None:
+    check_structure(body, values)
+    if values:
+        with pytest.raises(TooManyItems):
+            check_structure(body, values - 1)
 
 
 class TestBodies:

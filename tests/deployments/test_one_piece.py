@@ -19,6 +19,10 @@ from tests.deployments.processes import until
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None:
+    if scope["path"] == "/early":
+        await send({"type": "http.response.start", "status": 401, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"no"})
+        return
     if scope["path"] == "/bug":
         await send({"type": "http.response.start", "status": 200, "headers": []})
         raise RuntimeError("between head and body")
@@ -79,3 +83,40 @@ def test_on_a_kept_connection_too(port: int) -> None:
 
 def test_an_application_that_fails_in_between_is_a_500_and_no_half_answer(port: int) -> None:
     assert b"".join(pieces(port, "/bug")).startswith(b"HTTP/1.1 500")
+
+
+EARLY = b"POST /early HTTP/1.1\r\nHost: here\r\nContent-Length: %d\r\n\r\n"
+
+
+def test_a_connection_whose_request_is_answered_and_goes_on_for_ever_ends(
+    port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deployments.one_piece.LINGER_S", 0.5)
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        connection.sendall(EARLY % 1_000_000 + b"x")
+        assert connection.recv(2**16).endswith(b"no")
+
+        def is_ended() -> bool:
+            try:
+                connection.sendall(b"x")
+            except OSError:
+                return True
+            return False
+
+        until(is_ended, 20, "an end")
+
+
+def test_a_request_that_ends_after_its_answer_may_be_followed_by_another(
+    port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deployments.one_piece.LINGER_S", 0.3)
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        connection.sendall(EARLY % 4 + b"xx")
+        assert connection.recv(2**16).endswith(b"no")
+        connection.sendall(b"xxGET / HTTP/1.1\r\nHost: here\r\n\r\n")  # takes 0.4 s
+        found = b""
+        while not found.endswith(b"more"):
+            piece = connection.recv(2**16)
+            assert piece, found
+            found += piece
+        assert found.startswith(b"HTTP/1.1 200")

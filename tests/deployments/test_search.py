@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock
 
 import httpx
 import numpy as np
@@ -16,11 +19,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from clipfleet.errors import InvalidRequest
-from clipfleet.qdrant import THUMBNAIL
-from clipfleet.settings import LimitSettings
+from clipfleet.errors import InvalidRequest, Overloaded
+from clipfleet.qdrant import THUMBNAIL, Points
+from clipfleet.settings import LimitSettings, SearchSettings
 from deployments.schemas import WeightedItem
-from deployments.search import SearchRoute
+from deployments.search import Searcher, SearchRoute
 from tests.deployments.broken import BROKEN
 from tests.deployments.service import ROOT, Service
 from tests.library import Library
@@ -102,6 +105,26 @@ def test_thumbnails_when_asked_for(http: httpx.Client) -> None:
     assert THUMBNAIL not in search(http, "a ring")[0]["payload"]
     shown = search(http, "a ring", thumbnails=True)[0]["payload"][THUMBNAIL]
     assert Image.open(io.BytesIO(base64.b64decode(shown))).format == "JPEG"
+
+
+def test_searches_that_would_only_wait_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    searcher = Searcher(SearchSettings(qdrant=str(tmp_path), collection="any"))
+    monkeypatch.setattr(Searcher, "_opened", AsyncMock())
+    released = threading.Event()
+
+    def slow(_: Points) -> bool:
+        return released.wait(20)
+
+    async def many() -> list[bool | BaseException]:
+        asked = [asyncio.create_task(searcher.ask(slow, "any", 1, 30)) for _ in range(70)]
+        await asyncio.sleep(0.1)
+        released.set()
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    outcomes = asyncio.run(many())
+    assert outcomes[:64] == [True] * 64
+    assert [type(outcome) for outcome in outcomes[64:]] == [Overloaded] * 6
+    assert asyncio.run(searcher.ask(lambda _: True, "any", 1, 30)), "there is room again"
 
 
 def test_templates_do_not_multiply_a_text_that_is_too_long() -> None:
