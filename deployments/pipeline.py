@@ -36,9 +36,6 @@ _FINAL_STATUSES = (StatusCode.RESOURCE_EXHAUSTED, StatusCode.INVALID_ARGUMENT, S
 class CheckpointChanged(Unavailable):
     """A replica has another checkpoint than the one that answers name."""
 
-    def __init__(self) -> None:
-        super().__init__("the service is changing its checkpoint; try again", retry_after=5)
-
 
 class ReplicaLost(Exception):
     """A call's replica died or went away before it answered."""
@@ -93,7 +90,7 @@ class Pipeline:
     async def _embed_images(self, images: list[bytes], deadline: float, model: Mapping[str, Any]) -> list[Outcome]:
         outcomes = await self._decode(images, deadline, model.get("preprocessing"))
         if not outcomes:
-            raise CheckpointChanged
+            raise _changed()
         good = [i for i, outcome in enumerate(outcomes) if isinstance(outcome, np.ndarray)]
         if good:
             pixels = [outcomes[i] for i in good]
@@ -112,9 +109,13 @@ class Pipeline:
         return await _again(lambda: self.decoder.decode_apart.remote(images, deadline, preprocessing))
 
 
+def _changed() -> CheckpointChanged:
+    return CheckpointChanged("the service is changing its checkpoint; try again", retry_after=5)
+
+
 def _checked(encoded: Encoded, model: Mapping[str, Any]) -> list[Outcome]:
     if encoded.fingerprint != model["fingerprint"]:
-        raise CheckpointChanged
+        raise _changed()
     return encoded.outcomes
 
 
