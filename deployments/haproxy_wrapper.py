@@ -124,7 +124,11 @@ def _frontend(host: str, port: str, folder: Path, certificate: str) -> str:
 
 
 def most_in_use(buffer_bytes: int) -> int:
-    """How many connections may have a request at once. Each takes two buffers: an eighth of the memory for all of them."""
+    """How many connections may have a request at once. Each takes two buffers: an eighth of the memory for all of them.
+
+    As few where the buffers are smaller (with_buffers): a place more is a request more that waits, and with the 1,024 that
+    there could be here answers took nearly their whole deadline under overload (docs/reliability.md).
+    """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with contextlib.suppress(OSError, ValueError):  # a container's limit; "max" where it has none
         memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
@@ -220,28 +224,24 @@ def with_servers(config: str, known: dict[str, str]) -> tuple[str, dict[str, str
     return "".join(sections), found or known
 
 
-def _with_small_buffers(config: str) -> str:
-    """Serve's configuration with the buffers of one server.
+def with_buffers(config: str) -> str:
+    """The whole configuration with smaller buffers where there is one server.
 
     HAProxy copies the whole buffer of every request, to be able to send it again: 0.7 ms for 4 MiB. One replica is not worth
     that, since there is none other to send it to; uploads over 1 MiB then reach it while they still arrive.
     """
+    if len(re.findall(r"^    server (?!.* backup$)", config, re.MULTILINE)) > 1:
+        return config
     return config.replace(f"    tune.bufsize {BUFFER_BYTES}\n", f"    tune.bufsize {BUFFER_BYTES_ALONE}\n")
 
 
 def edit_file(path: Path, host: str, port: str, certificate: str) -> None:
     write_answers(path.parent)
     edited, servers = path.with_suffix(".edited"), path.with_suffix(".servers")
-    before = json.loads(servers.read_text()) if servers.exists() else {}
-    generated = path.read_text()
-    config, known = with_servers(edit(generated, path.parent, host, port, certificate), before)
-    if (
-        config.count("\n    server ") < 2
-    ):  # edited anew, because the places for requests follow from the size of the buffers
-        small = _with_small_buffers(generated)
-        config, known = with_servers(edit(small, path.parent, host, port, certificate), before)
+    known = json.loads(servers.read_text()) if servers.exists() else {}
+    config, known = with_servers(edit(path.read_text(), path.parent, host, port, certificate), known)
     servers.write_text(json.dumps(known))
-    edited.write_text(config)
+    edited.write_text(with_buffers(config))
     edited.replace(path)  # in place: Serve knows its own workers by this path on their command line
 
 

@@ -14,6 +14,7 @@ from deployments.haproxy_wrapper import (
     edit_file,
     missing_lines,
     most_in_use,
+    with_buffers,
     with_servers,
 )
 
@@ -25,17 +26,10 @@ def test_the_buffer_by_the_number_of_ingress_replicas(replicas: int, kept: int, 
     generated = f"global\n    tune.bufsize {BUFFER_BYTES}\nbackend http-clipfleet\n"
     generated += "".join(SERVER.format(number, 20000 + number) for number in range(replicas))
     generated += "    # Fallback to head node's Serve proxy\n    server fallback 127.0.0.1:20100 backup\n"
-    generated = f"{generated}frontend http_frontend\n    use_backend http-clipfleet if is_http-clipfleet\n"
-    file = tmp_path / "haproxy.cfg"
-    file.write_text(generated)
-    edit_file(file, "127.0.0.1", "8000", "")
-    edited = file.read_text()
+    edited = with_buffers(edit(generated, tmp_path, "127.0.0.1", "8000"))
     assert f"    tune.bufsize {kept}\n" in edited
-    assert f"    tune.buffers.limit {2 * most_in_use(kept)}\n" in edited
-    assert f"ge {most_in_use(kept) * 5 // 8} }} {{ path_end /v1/embeddings/images }}" in edited
     assert "backup" not in edited
-    edit_file(file, "127.0.0.1", "8000", "")
-    assert file.read_text() == edited, "HAProxy may start anew with the file that is there"
+    assert with_buffers(edit(edited, tmp_path, "127.0.0.1", "8000")) == edited
 
 
 def test_servers_that_serve_leaves_out_for_a_moment_stay(tmp_path: Path) -> None:
@@ -75,6 +69,8 @@ def test_requests_are_refused_before_connections_run_out(tmp_path: Path) -> None
     assert f"    tune.buffers.limit {2 * most}" in edited.splitlines()
     assert use == "    use_backend http-clipfleet if is_http-clipfleet"
     assert edit(edited, tmp_path, "127.0.0.1", "8000") == edited
+    small = with_buffers(edited)
+    assert edit(small, tmp_path, "127.0.0.1", "8000") == small, "HAProxy may start anew with the file that is there"
 
 
 def test_a_template_that_is_not_ours() -> None:
