@@ -9,16 +9,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from clipfleet import turns
 from clipfleet.checkpoint import PixelSpec
 from clipfleet.errors import (
     ClipfleetError,
@@ -28,10 +29,11 @@ from clipfleet.errors import (
     ImageUnreadable,
     Unavailable,
 )
-from clipfleet.image_files import DEFAULT_LIMITS, ImageLimits
-from clipfleet.images import decode
+from clipfleet.image_files import DEFAULT_LIMITS, ImageLimits, decoding_bytes, open_image, read_file
+from clipfleet.images import to_picture
 
-TIMEOUT_S = 120  # the slowest image within the limits takes a few seconds; the rest is for slow disks
+TIMEOUT_S = 120  # for reading, and again for decoding; the slowest image within the limits takes a few seconds
+_END_S = 5
 _STARTS = 3
 _ROOT = str(Path(__file__).resolve().parents[1])
 _COMMAND = (
@@ -61,45 +63,55 @@ class Section:
     file: State = (None, None)
 
 
+_READING, _WAITING, _DECODING = "reading", "waiting", "decoding"  # what the process does from now on
+
 Source = bytes | os.PathLike[str] | Uri | Section
 Reply = tuple[int, int] | ClipfleetError  # (width, height), with the pixels following, or what is wrong
+Turn = Callable[[int], AbstractContextManager[None]]  # for an image that takes so many bytes
 
 
 class DecodeProcess:
-    """Decodes for one checkpoint, each image into memory of the caller."""
+    """Decodes for one checkpoint, each image into memory of the caller.
 
-    def __init__(self, spec: PixelSpec, limits: ImageLimits = DEFAULT_LIMITS) -> None:
+    With `turn_s`, large images wait for a turn (clipfleet/turns.py), so many seconds at most.
+    """
+
+    def __init__(self, spec: PixelSpec, limits: ImageLimits = DEFAULT_LIMITS, *, turn_s: float | None = None) -> None:
         self.spec = spec
         self.limits = limits
+        self.turn_s = turn_s
         # Of the last image, if it was a Uri with `look`.
         self.state: State = (None, None)
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
+        self._step = _DECODING
 
     def decode_into(self, source: Source, pixels: np.ndarray, *, timeout_s: float = TIMEOUT_S, tries: int = 2) -> Reply:
         """Decode an image into `pixels` (H, W, 3) uint8. Returns (width, height) or the error.
 
-        That is ImageCrashedDecoder (of what is fetched ImageUnreadable) where the process died, or did not end in
-        `timeout_s`, at each of `tries`.
+        That is ImageCrashedDecoder where the process died, or did not end in `timeout_s`, at each of `tries`; or
+        ImageUnreadable where it had not read the image by then, which more likely is its file system's fault.
         """
         self.state = (None, None)
         for _ in range(tries):
             connection = self._connection or self._start(timeout_s)
+            self._step = _DECODING if isinstance(source, bytes) else _READING
             try:
                 return self._ask(connection, source, pixels, timeout_s)
             except (EOFError, OSError):  # it died, or was too slow
                 self.close()
-        if isinstance(source, (Uri, Section)) and "://" in source.address:
-            # More likely the file system's fault than the image's.
-            return ImageUnreadable(
-                f"fetching and decoding {source.address!r} took over {timeout_s:.0f} s, or ended its process"
-            )
+        if self._step == _READING:
+            return ImageUnreadable(f"reading {source!r} took over {timeout_s:.0f} s, or ended its process")
         return ImageCrashedDecoder("the process that decoded this image died of it, twice")
 
     def _ask(self, connection: Connection, source: Source, pixels: np.ndarray, timeout_s: float) -> Reply:
         connection.send(source)
+        answer = _receive(connection, timeout_s)
+        while isinstance(answer, str):
+            self._step = answer
+            answer = _receive(connection, timeout_s + ((self.turn_s or 0) if answer == _WAITING else 0))
         reply: Reply
-        reply, self.state = _receive(connection, timeout_s)
+        reply, self.state = answer
         if not isinstance(reply, ClipfleetError):
             connection.recv_bytes_into(pixels.data.cast("B"))
         return reply
@@ -108,7 +120,7 @@ class DecodeProcess:
         for _ in range(_STARTS):
             connection = self._launch()
             with suppress(EOFError, OSError):
-                connection.send((self.spec, self.limits))
+                connection.send((self.spec, self.limits, self.turn_s))
                 _receive(connection, timeout_s)  # so that no image is blamed for a process that never ran
                 return connection
             self.close()
@@ -130,7 +142,9 @@ class DecodeProcess:
             self._connection.close()
         if self._process is not None:
             self._process.kill()
-            self._process.wait()
+            # One that waits for a file system which does not answer ends only then; subprocess reaps it at a later start.
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_END_S)
         self._connection = self._process = None
 
 
@@ -144,31 +158,58 @@ def serve(descriptor: int) -> None:
     """Answer the parent until it closes the connection or dies."""
     connection = Connection(descriptor)
     with suppress(EOFError, OSError):
-        spec, limits = connection.recv()
+        spec, limits, turn_s = connection.recv()
         connection.send("ready")
         while True:
-            source = connection.recv()
+            content = source = connection.recv()
             state = _look(source.address) if isinstance(source, Uri) and source.look else (None, None)
-            pixels, reply = _decode(source, spec, limits)
+            if not isinstance(source, bytes):
+                content = _read(source, limits)
+                connection.send(_DECODING)
+            pixels, reply = _decode(content, spec, limits, partial(_turn, connection, turn_s))
             connection.send((reply, state))
             if pixels is not None:
                 connection.send_bytes(pixels.data.cast("B"))
 
 
-def _decode(source: Source, spec: PixelSpec, limits: ImageLimits) -> tuple[np.ndarray | None, Reply]:
+def _read(source: os.PathLike[str] | Uri | Section, limits: ImageLimits) -> bytes | ClipfleetError:
     try:
         if isinstance(source, Uri):
-            content = _fetch(source.address, limits)
-        elif isinstance(source, Section):
-            content = _read_section(source, limits)
-        else:
-            content = source
-        pixels, width, height = decode(content, spec, limits)
+            return _fetch(source.address, limits)
+        if isinstance(source, Section):
+            return _read_section(source, limits)
+        return read_file(source, limits)
+    except ClipfleetError as error:
+        return error
+    except Exception as error:
+        return ImageUnreadable(f"cannot read {source!r}: {error}")
+
+
+def _decode(
+    content: bytes | ClipfleetError, spec: PixelSpec, limits: ImageLimits, turn: Turn
+) -> tuple[np.ndarray | None, Reply]:
+    if isinstance(content, ClipfleetError):
+        return None, content
+    try:
+        with open_image(content, limits) as image, turn(decoding_bytes(image, spec)):
+            pixels, width, height = to_picture(image, spec, limits)
     except ClipfleetError as error:
         return None, error
     except Exception as error:  # whatever it is, it is this image's fault, and the others go on
         return None, ImageCorrupt(f"the image does not decode: {error}")
     return pixels, (width, height)
+
+
+@contextmanager
+def _turn(connection: Connection, seconds: float | None, size: int) -> Iterator[None]:
+    """Hold a turn for an image that takes `size` bytes, if that is many; the parent's time for decoding begins with it."""
+    if seconds is None or size <= turns.LARGE_BYTES:
+        yield
+        return
+    connection.send(_WAITING)
+    with turns.turn(seconds):
+        connection.send(_DECODING)
+        yield
 
 
 def _look(uri: str) -> State:
@@ -184,12 +225,12 @@ def _fetch(uri: str, limits: ImageLimits) -> bytes:
     with _errors_of(uri):
         filesystem, path = _filesystem(uri)
         with filesystem.open_input_stream(path) as stream:
-            return stream.read(limits.max_bytes + 1)  # decode() refuses what is longer
+            return stream.read(limits.max_bytes + 1)  # open_image() refuses what is longer
 
 
 def _read_section(section: Section, limits: ImageLimits) -> bytes:
     """Read a part of a file, but never more than the limit."""
-    wanted = min(section.length, limits.max_bytes + 1)  # decode() refuses what is longer
+    wanted = min(section.length, limits.max_bytes + 1)  # open_image() refuses what is longer
     with _errors_of(section.address):
         if "://" in section.address:
             content = _open_remote(section.address).read_at(wanted, section.offset)

@@ -201,7 +201,7 @@ class ImageCorrupt(ImageError):
 
 
 class ImageCrashedDecoder(ImageError):
-    """The process that decoded the image died, twice."""
+    """The process that decoded the image died or did not end, twice."""
 
     code = "image_crashed_decoder"
 
@@ -213,7 +213,7 @@ class ImageNotFound(ImageError, FileNotFoundError):
 
 
 class ImageUnreadable(ImageError, OSError):
-    """The path is no regular file, or reading it failed."""
+    """The path is no regular file, or reading it failed or took too long."""
 
     code = "file_unreadable"
 

@@ -21,21 +21,26 @@ from faults.report import Row
 KILLS = ("driver",) * 3 + ("worker",) * 3 + ("all",) * 2 + ("node",) * 2
 ROWS_PER_FILE = 222  # at 224 px
 BATCH = 32
+_FULL = "DEST on a full disk"
 _SMALL = 900  # images of the short faults
 _FAST = "--reduced-jpeg"
 NOT_REFUSED = "second jobs not refused"
+STOPPED = "stopped by itself"
+LATE = "no job at work within ten minutes"
+_WHILE_WRITING = " while a file was written"
+_LATE_S = 600
 
 
 def measure(count: int) -> list[Row]:
     """Every kind of fault; the first with `count` images."""
     try:
-        return [killed(count), *full_disk(), vanished_dest(), changing_source()]
+        return [killed(count), full_disk(), vanished_dest(), changing_source()]
     finally:
         shutil.rmtree(PLACE, ignore_errors=True)
 
 
 def killed(count: int) -> Row:
-    """Ten random kills, some while a file is written; after those of the driver the same command is started again."""
+    """Ten random kills, one at least while a file is written; after those of the driver the same command is started again."""
     source, dest = images(PLACE / "source", count), PLACE / "dest"
     shutil.rmtree(dest, ignore_errors=True)
     files = -(-count // ROWS_PER_FILE)
@@ -46,8 +51,12 @@ def killed(count: int) -> Row:
         log.touch()  # injected/sitecustomize.py notes there what is encoded
         job = Job(source.folder, dest, _FAST, faults=Path(folder))
         try:
+            last = ""
             for number, what in enumerate(random.sample(KILLS, len(KILLS))):
-                job = _running(job, source, dest, Path(folder), seen, random.randrange(files * 9 // 10), left)
+                at = random.randrange(files * 9 // 10)
+                job = _running(job, source, dest, Path(folder), seen, at, left, last)
+                if seen[LATE]:
+                    break
                 if number == 0:
                     seen["second jobs refused" if _is_refused(source, dest) else NOT_REFUSED] += 1
                 while_writing = number % 3 == 0 and _until_writing(job, dest)
@@ -55,20 +64,20 @@ def killed(count: int) -> Row:
                 if job.kill(what):
                     if what == "node" and "its Ray has died" not in job.last_line:
                         seen["ends without a word"] += 1
-                    seen[f"{what}{' while a file was written' if while_writing else ''}"] += 1
-                    _say(
-                        f"kill -9 {what}{' while a file was written' if while_writing else ''}; {len(parts(dest))} files"
-                    )
-            job = _running(job, source, dest, Path(folder), seen, files + 1, left)
-            status = job.wait()
+                    when = _WHILE_WRITING if while_writing else ""
+                    seen[f"{what}{when}"] += 1
+                    _say(f"kill -9 {what}{when}; {len(parts(dest))} files")
+                last = what
+            if not seen[LATE]:
+                job = _running(job, source, dest, Path(folder), seen, files + 1, left, last)
+            status = job.status
         finally:
             if job.status is None:
                 job.kill("all")
             left += job.close()
         encoded = sum(map(int, log.read_text().split()))
     wrong = problems(dest, source)
-    if silent := seen["ends without a word"]:
-        wrong.append(f"{silent} ends without a word after a node was killed")
+    wrong += _unlike_what_is_claimed(seen)
     if status != 3:
         wrong.append(f"status {status} instead of 3")
     if left:
@@ -79,8 +88,6 @@ def killed(count: int) -> Row:
         wrong.append(
             f"{encoded - needed} rows encoded twice, which is more than a file and a batch a kill, or none noted"
         )
-    if seen[NOT_REFUSED] or not seen["second jobs refused"]:
-        wrong.append("a second job was not refused")
     listed = ", ".join(f"{times} x {what}" for what, times in sorted(seen.items()))
     outcome = f"{'; '.join(wrong) or 'each id once, none missing'}; {encoded - needed} of {needed} rows encoded twice; {listed}"
     return Row(
@@ -88,9 +95,28 @@ def killed(count: int) -> Row:
     )
 
 
-def _running(job: Job, source: Images, dest: Path, faults: Path, seen: Counter[str], at: int, left: list[int]) -> Job:
-    """The job, started again where it was killed or refused, once DEST has `at` files and it has workers; or ended."""
-    while True:
+def _unlike_what_is_claimed(seen: Counter[str]) -> list[str]:
+    """What the kills and their job should have met and did not, or the other way round."""
+    wrong = []
+    if silent := seen["ends without a word"]:
+        wrong.append(f"{silent} ends without a word after a node was killed")
+    if seen[NOT_REFUSED] or not seen["second jobs refused"]:
+        wrong.append("a second job was not refused")
+    wrong += [f"{times} x {what}" for what in (STOPPED, LATE) if (times := seen[what])]
+    if not any(what.endswith(_WHILE_WRITING) for what in seen):
+        wrong.append(f"no kill{_WHILE_WRITING}")
+    return wrong
+
+
+def _running(
+    job: Job, source: Images, dest: Path, faults: Path, seen: Counter[str], at: int, left: list[int], last: str
+) -> Job:
+    """The job, started again where it was killed or refused, once DEST has `at` files and it has workers; or ended.
+
+    `last` is what was killed last: a job without its node ends by itself, once. What takes ten minutes is noted.
+    """
+    end = time.monotonic() + _LATE_S
+    while time.monotonic() < end:
         if job.status is None:
             if len(parts(dest)) >= at and job.workers():
                 return job
@@ -99,15 +125,20 @@ def _running(job: Job, source: Images, dest: Path, faults: Path, seen: Counter[s
         if job.status in (0, 3):
             return job
         if job.status > 0:
-            refused = "another job" in job.last_line
-            seen["start refused beside what was left" if refused else "stopped by itself"] += 1
+            if "another job" in job.last_line:
+                seen["start refused beside what was left"] += 1
+            elif last not in ("node", "all"):
+                seen[STOPPED] += 1
             _say(job.last_line)
             time.sleep(0.5)
+        last = ""
         ended, job = (
             job,
             Job(source.folder, dest, _FAST, faults=faults),
         )  # at once, while workers of the first may live on
         left += ended.close()
+    seen[LATE] += 1
+    return job
 
 
 def _is_refused(source: Images, dest: Path) -> bool:
@@ -135,11 +166,12 @@ def _tmpfs(folder: Path, size: str) -> Iterator[None]:
         subprocess.run(["umount", folder], check=True)
 
 
-def full_disk() -> list[Row]:
+def full_disk() -> Row:
     """DEST on a file system of 1.5 MB, which then gets larger."""
     if os.geteuid() != 0:
-        _say("a full disk needs root, who may mount a small one: left out")
-        return []
+        outcome = "not run: it needs root, who may mount a small disk"
+        _say(outcome)
+        return Row(_FULL, f"{_SMALL} images", 0, outcome, False)
     source, dest = images(PLACE / "source", _SMALL), PLACE / "small"
     with _tmpfs(dest, "1536k"):
         with embedding(source.folder, dest, _FAST) as job:
@@ -152,7 +184,7 @@ def full_disk() -> list[Row]:
     outcome = (
         f"{'one line' if stopped else line}, {rows} rows kept whole; afterwards {'; '.join(wrong) or 'each id once'}"
     )
-    return [Row("DEST on a full disk", f"{_SMALL} images", 1, outcome, stopped and not wrong)]
+    return Row(_FULL, f"{_SMALL} images", 1, outcome, stopped and not wrong)
 
 
 def vanished_dest() -> Row:

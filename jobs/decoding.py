@@ -20,12 +20,15 @@ from clipfleet.checkpoint import PixelSpec
 from clipfleet.decode_process import DecodeProcess, Reply, Section, Uri
 from clipfleet.errors import ClipfleetError, ImageEmpty, ImageNotFound, JobError
 from clipfleet.image_files import ImageLimits
+from clipfleet.turns import TURN_S
 from jobs.items import BytesManifest
 from jobs.manifests import opened_as_planned
 from jobs.places import UNKNOWN, FileState, is_uri, look
 from jobs.tasks import read_task
 
 Outcome = tuple[int, int] | str  # (width, height) or an error's code
+_MANIFEST_ROWS = 16  # read at once, of up to 20 MiB each
+
 Content = Path | Uri | Section | bytes | str  # where an image is, its bytes, or the code of an error
 
 
@@ -43,7 +46,7 @@ class DecodePlan:
 
 @lru_cache(maxsize=1)
 def _process(spec: PixelSpec, limits: ImageLimits) -> DecodeProcess:
-    return DecodeProcess(spec, limits)  # lives as long as Ray's worker, over many tasks
+    return DecodeProcess(spec, limits, turn_s=TURN_S)  # lives as long as Ray's worker, over many tasks
 
 
 def decode_tasks(batch: dict[str, np.ndarray], plan: DecodePlan) -> Iterator[pa.Table]:
@@ -144,7 +147,8 @@ def _from_manifest(manifest: BytesManifest, wanted: list[int]) -> Iterator[Conte
             number = int(starts[first])
             rest = iter(wanted)
             row = next(rest, None)
-            for batch in file.iter_batches(64, row_groups=list(range(first, last + 1)), columns=[manifest.column]):
+            groups = list(range(first, last + 1))
+            for batch in file.iter_batches(_MANIFEST_ROWS, row_groups=groups, columns=[manifest.column]):
                 check()
                 while row is not None and row < number + len(batch):
                     content = batch.column(0)[row - number].as_py()

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,6 +30,7 @@ PARQUET = (".parquet", ".pq")
 JSON_LINES = (".jsonl", ".ndjson")
 SUFFIXES = (*PARQUET, *_SEPARATORS, *JSON_LINES)
 _ROWS = 8192
+_BUFFER_BYTES = 2**20
 _UNREADABLE = (OSError, ValueError, pa.ArrowException)
 
 Row = tuple[str | None, str | None]  # id, path
@@ -76,8 +77,14 @@ def opened_as_planned(manifest: BytesManifest) -> Iterator[tuple[pq.ParquetFile,
                 )
 
         check()
-        with pq.ParquetFile(opened) as file:
+        with _parquet(opened) as file:
             yield file, check
+
+
+def _parquet(file: str | BinaryIO) -> pq.ParquetFile:
+    """A Parquet file of which little is in memory at once. By default pyarrow reads whole columns of a row group, which may
+    be all of the file; so, a page, in which its writer puts 1,024 rows."""
+    return pq.ParquetFile(file, pre_buffer=False, buffer_size=_BUFFER_BYTES)
 
 
 def _items(
@@ -155,7 +162,7 @@ def _planned_rows(manifest: BytesManifest, id_column: str) -> Iterator[Row]:
 def _batches(path: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
     suffix = Path(path).suffix.lower()
     if suffix in PARQUET:
-        with pq.ParquetFile(path) as file:
+        with _parquet(path) as file:
             yield from file.iter_batches(_ROWS, columns=columns)
     else:  # as text, so that 007 stays 007
         convert = csv.ConvertOptions(include_columns=columns, column_types=dict.fromkeys(columns, pa.string()))

@@ -127,7 +127,7 @@ class _Choice:
                 yield item
             else:
                 self.skipped += 1
-                if self._has_gone(known, item, now):
+                if self._is_away(item, now) and known.state is not State.GONE:
                     self.ledger.mark(item.id, State.LOST)
         if self.away and not self.there:
             raise JobError(
@@ -138,17 +138,19 @@ class _Choice:
     def _is_wanted(self, known: Known, item: Item, now: FileState | None) -> bool:
         if known.state in (State.NEW, State.REDO):
             return True
+        if self._is_away(item, now):
+            return False
         if known.state in (State.FAILED, State.UNREAD) and self.options.retry_errors:
             return True
-        if not self.options.changed or (_has_file(item) and now is None):
+        if not self.options.changed:
             return False
         if known.state is State.UNREAD and _has_file(item) and item.error is None:
             return True
         # A file system that does not answer is no reason to take a row for outdated.
         return known.state is State.GONE or (_has_file(item) and now not in (UNKNOWN, known.file))
 
-    def _has_gone(self, known: Known, item: Item, now: FileState | None) -> bool:
-        return self.options.changed and _has_file(item) and now is None and known.state is State.FINISHED
+    def _is_away(self, item: Item, now: FileState | None) -> bool:
+        return self.options.changed and _has_file(item) and now is None
 
 
 def _has_file(item: Item) -> bool:

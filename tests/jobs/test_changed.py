@@ -142,6 +142,33 @@ def test_what_could_not_be_read_is_done_again_though_it_is_the_same_file(
     assert embedded(source, dest, retry_errors=True) == ["02.png", "bad.png"]
 
 
+@pytest.mark.parametrize("again", [{}, {"retry_errors": True}], ids=["changed", "and retried"])
+def test_failed_rows_of_a_manifest_whose_files_have_gone_say_so(
+    source: Path, tmp_path: Path, files: list[bytes], again: dict[str, bool]
+) -> None:
+    """As those of a folder do."""
+    manifest, dest, options = tmp_path / "m.csv", tmp_path / "out", {"changed": True, **again}
+    (source / "unreadable.png").mkdir()
+    names = ["00.png", "bad.png", "unreadable.png", "never.png"]
+    manifest.write_text("path\n" + "".join(f"pictures/{name}\n" for name in names) + '""\n')
+    embedded(manifest, dest)
+    codes = {"pictures/bad.png": "image_format_unsupported", "pictures/unreadable.png": "file_unreadable"}
+    assert errors(read(dest)) == {**codes, "pictures/never.png": "file_not_found", "#4": "file_not_found"}
+    embedded(manifest, dest, retry_errors=True)
+    assert errors(read(dest)) == {**codes, "pictures/never.png": "file_not_found", "#4": "file_not_found"}
+    (source / "bad.png").unlink()
+    (source / "unreadable.png").rmdir()
+    gone = {f"pictures/{name}": "gone" for name in names[1:]}
+    done = embedded(manifest, dest, **options)
+    assert done == (["#4"] if again else []), "a row without a path has no file that could have gone"
+    assert errors(read(dest)) == {**gone, "#4": "file_not_found"}
+    assert embedded(manifest, dest, retry_errors=True) == ["#4"]
+    for name in names[1:]:
+        (source / name).write_bytes(files[1])
+    assert embedded(manifest, dest, changed=True) == list(gone)
+    assert errors(read(dest)) == {"#4": "file_not_found"} and len(read(dest)) == 5
+
+
 def test_a_member_that_its_header_rules_out_is_not_tried_each_time(tmp_path: Path, files: list[bytes]) -> None:
     tar = make_tar(tmp_path / "s.tar", {"../out.png": files[0], "a.png": files[1]})
     assert len(embedded(tar, tmp_path / "out")) == 2

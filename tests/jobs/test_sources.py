@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import platform
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from jobs.sources import in_order, matches, open_files
 from jobs.summary import exit_status
 from jobs.tolerance import Tolerance
 from tests.deployments.processes import until
+from tests.deployments.service import ROOT
 from tests.jobs.job import embed, embedding, errors, read, summary, vectors
 from tests.jobs.planned import embedded, planned
 
@@ -252,6 +256,38 @@ def test_bytes_in_parquet_become_vectors(tmp_path: Path, files: list[bytes]) -> 
     table = read(tmp_path / "out")
     assert vectors(table).keys() == {str(number) for number in range(len(files))}
     assert errors(table) == {"100": "image_empty", "101": "image_empty", "102": "image_format_unsupported"}
+
+
+_TAKEN = """
+import sys
+from pathlib import Path
+from jobs.decoding import _from_manifest
+from jobs.manifests import open_manifest
+from jobs.options import EmbedOptions
+
+def status(field):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
+
+before = status("VmRSS")
+source = open_manifest(EmbedOptions(source=sys.argv[1], dest="", model="tiny", bytes_column="image", id_column="sku"))
+assert len(list(source.items)) == 1500
+print(status("VmHWM") - before)
+assert sum(map(len, _from_manifest(source.manifest, [0, 700, 1499]))) == 300_000
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="what is measured is Linux'")
+def test_a_manifest_of_one_row_group_is_not_held_in_memory(tmp_path: Path) -> None:
+    images = pa.array([b"x" * 100_000] * 1500, pa.binary())
+    table = pa.table({"sku": pa.array(range(1500)), "image": images})
+    manifest = tmp_path / "m.parquet"
+    pq.write_table(table, manifest, row_group_size=1500, compression="none", use_dictionary=False, write_batch_size=16)
+    done = subprocess.run([sys.executable, "-c", _TAKEN, manifest], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    ids, contents = map(int, done.stdout.split())
+    assert ids < 40_000_000, "of the bytes nothing is read for the ids"
+    assert contents < 75_000_000, "half of the file"
 
 
 @pytest.mark.parametrize("in_place", [False, True], ids=["renamed over", "rewritten"])
