@@ -13,6 +13,7 @@ from clipfleet.errors import ImageCorrupt, ImageTooManyPixels
 from clipfleet.tiff_directory import check_exif
 
 _PICTURE, _EXIF = b"av01", b"Exif"
+_EXIF_ITEMS = 4  # there is one, and perhaps others of thumbnails
 _PICTURES = 10_000  # or entries in the tables that lead to them
 _UNITS = 20_000  # of all bitstreams
 _FRAMES_OF_ONE = 2  # times the limit of one: decoders keep up to eight hidden ones
@@ -25,10 +26,14 @@ def check_pictures(data: bytes, max_pixels: int) -> list[Frames]:
     Raises ImageTooManyPixels or ImageCorrupt.
     """
     found: list[Frames] = []
+    exif = 0
     units = Units(_UNITS)
     try:
         for kind, item in _items_and_samples(data):
             if kind == _EXIF:
+                exif += 1
+                if exif > _EXIF_ITEMS:
+                    raise Damaged(f"there are more than {_EXIF_ITEMS} of EXIF data")
                 check_exif(bytes(item[4:]), all_read=True)
                 continue
             found.append(frames_of(item, units))

@@ -30,7 +30,7 @@ from clipfleet.errors import (
     Unavailable,
 )
 from clipfleet.image_files import DEFAULT_LIMITS, ImageLimits, decoding_bytes, open_image, read_file
-from clipfleet.images import to_picture
+from clipfleet.images import check_size, to_picture
 
 TIMEOUT_S = 120  # for reading, and again for decoding; the slowest image within the limits takes a few seconds
 _END_S = 5
@@ -191,8 +191,10 @@ def _decode(
     if isinstance(content, ClipfleetError):
         return None, content
     try:
-        with open_image(content, limits) as image, turn(decoding_bytes(image, spec)):
-            pixels, width, height = to_picture(image, spec, limits)
+        with open_image(content, limits) as image:
+            check_size(image, spec, limits)  # what is refused waits for no turn
+            with turn(decoding_bytes(image, spec)):
+                pixels, width, height = to_picture(image, spec, limits)
     except ClipfleetError as error:
         return None, error
     except Exception as error:  # whatever it is, it is this image's fault, and the others go on

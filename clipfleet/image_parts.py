@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from clipfleet.errors import ImageCorrupt
-from clipfleet.tiff_directory import check_directory, check_exif
+from clipfleet.tiff_directory import check_directory, check_index
 
 _JPEG_SCANS, _JPEG_SEGMENTS, _JPEG_EXIF, _JPEG_FILL = 100, 500, 10, 100_000
 _PNG_CHUNKS, _PNG_PIECE, _GIF_BLOCKS = 10_000, 256, 100_000
@@ -33,10 +33,11 @@ def _check_segments(data: bytes) -> None:
     Cameras write a dozen segments; a film's worth of depth or a large ICC profile may take 300 of 64 KiB each.
     """
     segments, exif, fill, position = 0, 0, 0, 2
+    index = b""  # of several pictures, the last of its segments; Pillow reads all of it
     while True:
         start = data.find(b"\xff", position)
         if start < 0 or start + 4 > len(data):
-            return
+            break
         fill += start - position
         marker = data[start + 1]
         if marker == 0xFF:
@@ -44,16 +45,14 @@ def _check_segments(data: bytes) -> None:
         elif marker == 0x00 or marker == 0xC8 or 0xD0 <= marker <= 0xD9 or 0xF0 <= marker <= 0xFD:  # have no length
             fill, position = fill + 2, start + 2
         elif marker == _SCAN[1]:
-            return
+            break
         else:
             segments += 1
             length = max(2, int.from_bytes(data[start + 2 : start + 4], "big"))
             position = start + 2 + length
             exif += marker == 0xE1 and data.startswith(b"Exif\0\0", start + 4)
-            if marker == 0xE2 and data.startswith(
-                b"MPF\0", start + 4
-            ):  # an index of several pictures: Pillow reads all of it
-                check_exif(data[start + 8 : position], all_read=True)
+            if marker == 0xE2 and data.startswith(b"MPF\0", start + 4):
+                index = data[start + 8 : position]
             if 0xC0 <= marker <= 0xCF or marker in _TABLES:  # or a frame's header: every byte is read
                 fill += length
         if segments > _JPEG_SEGMENTS:
@@ -70,6 +69,7 @@ def _check_segments(data: bytes) -> None:
                 f"the JPEG has more than {_JPEG_FILL:,} bytes of tables and fill before its pixels; save it anew",
                 format="JPEG",
             )
+    check_index(index)
 
 
 def _count_scans(data: bytes) -> int:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 from clipfleet.errors import ImageCorrupt, ImageFormatUnsupported
 
 _ENTRIES = 4096  # libtiff takes no more
+_MOST_ENTRIES = 0xFFFF  # that there can be
+_PREFIX = b"Exif\0\0"
 _VALUES = 1_000  # of a tag that Pillow reads while it opens a file: an object of Python each
 _COLORS = 3 * 65536
 _MOST_RATIONALS, _MOST_NUMBERS = 10_000, 1_000_000  # of all tags: some images have Pillow read each of them
@@ -65,36 +67,46 @@ def check_directory(data: bytes) -> None:
     for entry in parts:
         limit = min(max(_parts(entry.tag, numbers), _FEW_PARTS), _PARTS)
         _check_count(entry, limit, f"{_OFFSETS[entry.tag]} (save it with larger ones)")
-    _check_all(entries + _below(entries, data, order), len(data), "TIFF")
+    exif, gps = _directory(entries, _EXIF, data, order), _directory(entries, _GPS, data, order)
+    # Pillow asks for the third where the first directory names it, and takes its place from the second.
+    named = any(entry.tag == _INTEROPERABILITY for entry in entries)
+    below = _directory(exif, _INTEROPERABILITY, data, order) if named else []
+    _check_all([*entries, *exif, *gps, *below], len(data), "TIFF")
 
 
 def check_exif(data: bytes, *, all_read: bool = False) -> None:
     """The same for the EXIF data of another format, of which one tag is read, or all. Raises ImageCorrupt."""
-    while data.startswith(b"Exif\0\0"):
-        data = data[6:]
+    start = 0
+    while data.startswith(_PREFIX, start):
+        start += len(_PREFIX)
+        if start > 2 * len(_PREFIX):  # Pillow takes two off, or before 13 one after the other
+            raise ImageCorrupt("the EXIF data starts over and over; save the image anew")
+    data = data[start:]
     order = _order(data)
-    entries = list(_entries(data, order, most=0xFFFF))
+    entries = list(_entries(data, order, most=_MOST_ENTRIES))
     for entry in entries:  # damaged ones say anything, and are passed over
         if entry.tag == _ORIENTATION and entry.values <= len(data):
             _check_count(entry, _VALUES, "orientations", "EXIF data")
     if all_read:
-        _check_all(entries + _below(entries, data, order), len(data), "EXIF data")
+        exif = _directory(entries, _EXIF, data, order, _MOST_ENTRIES)
+        gps = _directory(entries, _GPS, data, order, _MOST_ENTRIES)
+        below = _directory(exif, _INTEROPERABILITY, data, order, _MOST_ENTRIES)
+        _check_all([*entries, *exif, *gps, *below], len(data), "EXIF data")
     else:
         _check_bytes(entries, len(data), "EXIF data")
 
 
-def _below(entries: list[_Entry], data: bytes, order: str) -> list[_Entry]:
-    """The entries of the directories that those of the first one lead to."""
-    exif = _directory(entries, _EXIF, data, order)
-    gps = _directory(entries, _GPS, data, order)
-    return exif + gps + _directory(exif, _INTEROPERABILITY, data, order)
+def check_index(data: bytes) -> None:
+    """The same for a JPEG's index of pictures (MPF), whose one directory is read whole. Raises ImageCorrupt."""
+    _check_all(list(_entries(data, _order(data), most=_MOST_ENTRIES)), len(data), "index of pictures")
 
 
-def _directory(entries: list[_Entry], tag: int, data: bytes, order: str) -> list[_Entry]:
+def _directory(entries: list[_Entry], tag: int, data: bytes, order: str, most: int = _ENTRIES) -> list[_Entry]:
+    """The entries of the directory that the one of this tag leads to."""
     pointers = [entry for entry in entries if entry.tag == tag]
     if len(pointers) > 1:  # each may have thousands of entries, and which of them Pillow follows depends on its version
         raise ImageCorrupt(f"there are {len(pointers):,} of the tag {tag} (save the image anew)", format="TIFF")
-    return [found for pointer in pointers for found in _entries(data, order, _place(pointer, order))]
+    return [found for pointer in pointers for found in _entries(data, order, _place(pointer, order), most)]
 
 
 def _order(data: bytes) -> str:
@@ -133,7 +145,7 @@ def _check_all(entries: list[_Entry], length: int, whole: str) -> None:
     numbers = sum(entry.values for entry in there if entry.kind in _NUMBER_TYPES)
     if rationals > _MOST_RATIONALS or numbers > _MOST_NUMBERS:
         raise ImageCorrupt(
-            f"the {whole}'s tags have {rationals:,} fractions and {numbers:,} other numbers; the limit is "
+            f"the tags of the {whole} have {rationals:,} fractions and {numbers:,} other numbers; the limit is "
             f"{_MOST_RATIONALS:,} and {_MOST_NUMBERS:,} (save it without them)"
         )
     _check_bytes(there, length, whole)

@@ -10,11 +10,13 @@ import asyncio
 import ipaddress
 import socket
 import ssl
+import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
-from functools import partial
+from contextvars import ContextVar
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
@@ -35,6 +37,7 @@ _LOOKUPS = 4  # of names, for each image that may arrive at once
 _LONGEST = 2048  # characters of an address
 _KEPT = "/%:@!$&'()*+,;=~-._"  # of a path: what is quoted already stays as it is
 _HEADERS = [(b"Accept", b"image/*"), (b"Accept-Encoding", b"identity"), (b"User-Agent", b"clipfleet")]
+_OF_KEY: ContextVar[str | None] = ContextVar("key", default=None)  # whose image this task fetches
 
 
 def is_public(address: Address) -> bool:
@@ -68,6 +71,9 @@ class CheckedNetwork(httpcore.AsyncNetworkBackend):
         # Threads of its own: one whose name server does not answer is busy for longer than anyone waits for it, and asyncio's
         # few would soon be all busy with names of one key.
         self._lookups = ThreadPoolExecutor(lookups, "look-up")
+        self._most = max(1, lookups // 4)  # of one key
+        self._busy: Counter[str] = Counter()  # the threads of each
+        self._lock = threading.Lock()
         self._allowed = [ipaddress.ip_network(network) for network in allowed]
         self._network: Any = httpcore.AnyIOBackend()
 
@@ -91,11 +97,25 @@ class CheckedNetwork(httpcore.AsyncNetworkBackend):
     async def _resolve(self, host: str, port: int) -> list[Address]:
         try:
             # The resolver also knows the old spellings of an address: 2130706433, 0x7f.1, 0177.0.0.1.
-            look_up = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
-            found = await asyncio.get_running_loop().run_in_executor(self._lookups, look_up)
+            found = await self._look_up(host, port)
             return [ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found]
         except (OSError, UnicodeError, ValueError) as error:
             raise ImageNotFetched(f"{host!r} cannot be resolved: {error}") from None
+
+    async def _look_up(self, host: str, port: int) -> list[Any]:
+        key = _OF_KEY.get()
+        with self._lock:
+            if key is not None and self._busy[key] >= self._most:
+                raise ImageNotFetched("the names of this API key's other images are still being looked up; try again")
+            self._busy[key or ""] += 1
+
+        def ended(_: object) -> None:  # or was never begun; whoever asked may be gone for long
+            with self._lock:
+                self._busy[key or ""] -= 1
+
+        work = self._lookups.submit(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+        work.add_done_callback(ended)
+        return await asyncio.wrap_future(work)
 
     def _may(self, address: Address) -> bool:
         return is_public(address) or any(address in network for network in self._allowed)
@@ -123,6 +143,7 @@ class Fetcher:
         DeadlineExceeded.
         """
         end = time.monotonic() + seconds
+        _OF_KEY.set(key)
         async with self._turn(key, seconds):
             try:
                 async with asyncio.timeout(min(end - time.monotonic(), self._settings.timeout_s)):

@@ -15,9 +15,8 @@ from typing import Any
 
 from uvicorn.protocols.http import h11_impl, httptools_impl
 
-LINGER_S = (
-    10.0  # for the rest of a request that is answered: a client that is cut off while it sends may not see the answer
-)
+# For the rest of a request that is answered: a client that is cut off while it sends may not see the answer.
+LINGER_S = 10.0
 
 
 class _Joined:
@@ -78,5 +77,6 @@ def _hold_heads(cycle: Any) -> None:
 
 
 def _end(transport: Any, cycle: Any) -> None:
-    if transport.get_protocol().cycle is cycle:  # otherwise the rest came, and another request after it
+    protocol = transport.get_protocol()  # None where it is closed
+    if protocol is not None and protocol.cycle is cycle:  # otherwise another request is under way, so the rest came
         transport.close()

@@ -26,9 +26,9 @@ from jobs.manifests import opened_as_planned
 from jobs.places import UNKNOWN, FileState, is_uri, look
 from jobs.tasks import read_task
 
-Outcome = tuple[int, int] | str  # (width, height) or an error's code
 _MANIFEST_ROWS = 16  # read at once, of up to 20 MiB each
 
+Outcome = tuple[int, int] | str  # (width, height) or an error's code
 Content = Path | Uri | Section | bytes | str  # where an image is, its bytes, or the code of an error
 
 

@@ -82,8 +82,10 @@ def opened_as_planned(manifest: BytesManifest) -> Iterator[tuple[pq.ParquetFile,
 
 
 def _parquet(file: str | BinaryIO) -> pq.ParquetFile:
-    """A Parquet file of which little is in memory at once. By default pyarrow reads whole columns of a row group, which may
-    be all of the file; so, a page, in which its writer puts 1,024 rows."""
+    """A Parquet file of which little is in memory at once: a page, in which pyarrow puts 1,024 rows.
+
+    By default pyarrow reads whole columns of a row group, which may be all of the file.
+    """
     return pq.ParquetFile(file, pre_buffer=False, buffer_size=_BUFFER_BYTES)
 
 

@@ -66,23 +66,39 @@ def test_pictures_are_as_large_as_pillow_decodes_them(mode: str, frames: int) ->
     decode(data, SPEC)
 
 
+def with_items(data: bytes, kind: bytes, count: int) -> bytes:
+    """An AVIF of this picture and so many items of that kind, all of them in the picture's place."""
+    item = data.index(b"iloc")
+    start, length = struct.unpack_from(">II", data, item + 18)
+    kinds = [b"av01"] + count * [kind]
+    numbers = range(1, len(kinds) + 1)
+    table = b"".join(struct.pack(">HHHII", number, 0, 1, start, length) for number in numbers)
+    entries = b"".join(
+        struct.pack(">I4sIHH4sB", 21, b"infe", 2 << 24, number, 0, each, 0)
+        for number, each in zip(numbers, kinds, strict=True)
+    )
+    iloc = struct.pack(">I4sIHH", 16 + len(table), b"iloc", 0, 0x4400, len(kinds)) + table
+    iinf = struct.pack(">I4sIH", 14 + len(entries), b"iinf", 0, len(kinds)) + entries
+    meta = struct.pack(">I4sI", 12 + len(iloc) + len(iinf), b"meta", 0) + iloc + iinf
+    end = data.index(b"meta") - 4
+    return data[:end] + data[end:].replace(b"meta", b"free", 1) + meta  # where its data lies stays
+
+
 def test_all_pictures_together_have_a_limit() -> None:
     data = encode(picture("RGBA", 100, 100), "AVIF")  # and its transparency
     assert check_pictures(data, 10_000) == 2 * [Frames(10_000, 1, False)]
-    item = data.index(b"iloc")
-    start, length = struct.unpack_from(">II", data, item + 18)
-    table = b"".join(struct.pack(">HHHII", number, 0, 1, start, length) for number in range(1, 10))
-    entries = b"".join(
-        struct.pack(">I4sIHH4sB", 21, b"infe", 2 << 24, number, 0, b"av01", 0) for number in range(1, 10)
-    )
-    iloc = struct.pack(">I4sIHH", 16 + len(table), b"iloc", 0, 0x4400, 9) + table
-    iinf = struct.pack(">I4sIH", 14 + len(entries), b"iinf", 0, 9) + entries
-    meta = struct.pack(">I4sI", 12 + len(iloc) + len(iinf), b"meta", 0) + iloc + iinf
-    end = data.index(b"meta") - 4
-    shifted = data[:end] + data[end:].replace(b"meta", b"free", 1) + meta  # where its data lies stays
+    many = with_items(data, b"av01", 8)
     with pytest.raises(ImageTooManyPixels, match="90,000 or more together"):
-        check_pictures(shifted, 10_000)
-    assert len(check_pictures(shifted, 12_000)) == 9
+        check_pictures(many, 10_000)
+    assert len(check_pictures(many, 12_000)) == 9
+
+
+def test_exif_data_many_times_is_refused_unread() -> None:
+    """10,000 of them may lie in one place, with 65,535 tags each."""
+    data = encode(picture("RGB", 100, 100), "AVIF")
+    assert len(check_pictures(with_items(data, b"Exif", 4), LARGE)) == 1
+    with pytest.raises(ImageCorrupt, match="there are more than 4 of EXIF data"):
+        check_pictures(with_items(data, b"Exif", 5), LARGE)
 
 
 def test_a_frame_with_a_size_of_its_own_is_as_large_as_it_may_be() -> None:

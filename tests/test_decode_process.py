@@ -22,7 +22,13 @@ from PIL import Image
 from clipfleet import decode_process, turns
 from clipfleet.checkpoint import find_checkpoint
 from clipfleet.decode_process import DecodeProcess, Section, Source, Uri
-from clipfleet.errors import ImageCorrupt, ImageCrashedDecoder, ImageNotFound, ImageUnreadable
+from clipfleet.errors import (
+    ImageCorrupt,
+    ImageCrashedDecoder,
+    ImageNotFound,
+    ImageTooManyPixels,
+    ImageUnreadable,
+)
 from clipfleet.images import decode
 from tests.deployments.broken import BROKEN
 from tests.deployments.processes import Process, below, until
@@ -217,6 +223,18 @@ def test_whoever_dies_gives_its_turn_back(
         thread.join(60)
         assert process.decode_into(large, pixels, timeout_s=30, tries=1) == (7500, 7500)
         process.close()
+
+
+def test_what_is_refused_waits_for_no_turn(pixels: np.ndarray, turns_taken: ExitStack) -> None:
+    narrow = encode(Image.new("L", (1, 2_000_000)), "PNG")
+    process = DecodeProcess(SPEC, turn_s=600)
+    ended: list[object] = []
+    thread = threading.Thread(target=lambda: ended.append(process.decode_into(narrow, pixels, tries=1)))
+    thread.start()
+    thread.join(30)
+    process.close()
+    thread.join()
+    assert isinstance(ended[0], ImageTooManyPixels)
 
 
 def test_a_turn_that_never_comes_is_done_without(large: bytes, pixels: np.ndarray, turns_taken: ExitStack) -> None:

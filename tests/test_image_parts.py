@@ -191,7 +191,7 @@ def test_a_tiff_of_endless_fractions_is_refused_unread(tag: int) -> None:
     else:
         start = len(tiff([*entries, (tag, 4, 1, 0)], bytes(4)))
         data = tiff([*entries, (tag, 4, 1, start)], bytes(4) + struct.pack("<H", 1) + many + bytes(4)) + fractions
-    with pytest.raises(ImageCorrupt, match=r"tags have 10,001 fractions and .* the limit is 10,000"):
+    with pytest.raises(ImageCorrupt, match=r"tags of the TIFF have 10,001 fractions and .* the limit is 10,000"):
         open_image(data)
     with pytest.raises(ImageCorrupt, match=f"tag {tag} points nowhere" if tag != 65000 else "10,001 fractions"):
         open_image(data.replace(struct.pack("<HHI", tag, 4, 1), struct.pack("<HHI", tag, 9, 1)))
@@ -203,8 +203,24 @@ def test_a_tiff_whose_fractions_are_two_directories_away() -> None:
     exif = struct.pack("<HHHIII", 1, 40965, 4, 1, start + 18, 0)
     inner = struct.pack("<HHHIII", 1, 33434, 5, 10_001, start + 36, 0)
     data = tiff([*entries, (34665, 4, 1, start), (40965, 4, 1, start)], bytes(4) + exif + inner + bytes(8 * 10_001))
-    with pytest.raises(ImageCorrupt, match=r"tags have 10,001 fractions"):
+    with pytest.raises(ImageCorrupt, match=r"tags of the TIFF have 10,001 fractions"):
         open_image(data)
+
+
+def test_a_tiff_may_have_a_stale_place_of_a_directory_that_nobody_reads() -> None:
+    """As Pillow writes one with the EXIF data of a JPEG."""
+    entries = [*grey(2, 2), (273, 4, 1, 0), (278, 4, 1, 2), (279, 4, 1, 4)]
+    start = len(tiff([*entries, (34665, 4, 1, 0)], bytes(4)))
+    exif = struct.pack("<HHHIII", 1, 40965, 4, 1, start + 18, 0)
+    assert is_decoded(tiff([*entries, (34665, 4, 1, start)], bytes(4) + exif + b"\xff" * 100))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_exif_data_that_starts_over_and_over_is_refused_unread(kind: str) -> None:
+    """Each start was a copy of the rest: 20 MiB of them would take hours."""
+    image = picture("RGB", 60, 40)
+    with pytest.raises(ImageCorrupt, match="starts over and over"):
+        open_image(encode(image, kind, exif=b"Exif\0\0" * 1000))
 
 
 @pytest.mark.parametrize("tag", [34665, 34853])
@@ -239,7 +255,7 @@ def test_an_index_of_pictures_in_a_jpeg_with_endless_fractions_is_refused_unread
         if not refused:
             open_image(data[:2] + segment + data[2:])
             continue
-        with pytest.raises(ImageCorrupt, match="the EXIF data's tags have 50,000 fractions"):
+        with pytest.raises(ImageCorrupt, match="the tags of the index of pictures have 50,000 fractions"):
             open_image(data[:2] + segment + data[2:])
 
 
@@ -251,7 +267,7 @@ def test_exif_data_of_an_avif_with_endless_fractions_are_refused_unread() -> Non
     turned[33434] = 0.5
     assert is_decoded(encode(image, "AVIF", exif=turned.tobytes()))
     exif = tiff([(274, 3, 1, 6), (33434, 5, 10_001, bytes(8 * 10_001))], b"")
-    with pytest.raises(ImageCorrupt, match="the EXIF data's tags have 10,001 fractions"):
+    with pytest.raises(ImageCorrupt, match="the tags of the EXIF data have 10,001 fractions"):
         open_image(encode(image, "AVIF", exif=exif))
 
 

@@ -172,14 +172,16 @@ def test_names_that_nobody_answers_for_do_not_stop_others(listener: Listener, mo
     monkeypatch.setattr(socket, "getaddrinfo", slow)
 
     async def ask() -> None:
-        settings = UrlSettings(enabled=True, ports=(listener.port,), allowed_networks=LOCAL, timeout_s=1)
+        settings = UrlSettings(enabled=True, ports=(listener.port,), allowed_networks=LOCAL, timeout_s=0.3)
         fetcher = Fetcher(settings, 10_000)
         try:
-            for _ in range(3):
-                names = [f"http://{number}.example:{listener.port}/image" for number in range(4)]
+            names = [f"http://{number}.example:{listener.port}/image" for number in range(4)]
+            for _ in range(9):
                 with pytest.raises(ImageNotFetched):
                     await asyncio.gather(*(fetcher.fetch(name, 10, "one") for name in names))
             assert await fetcher.fetch(f"http://127.0.0.1:{listener.port}/image", 10, "other") == IMAGE
+            with pytest.raises(ImageNotFetched, match="still being looked up"):
+                await fetcher.fetch(names[0], 10, "one")
         finally:
             released.set()
             await fetcher.close()

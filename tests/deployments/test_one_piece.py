@@ -106,6 +106,17 @@ def test_a_connection_whose_request_is_answered_and_goes_on_for_ever_ends(
         until(is_ended, 20, "an end")
 
 
+def test_a_client_that_leaves_before_that_is_no_error(
+    port: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("deployments.one_piece.LINGER_S", 0.2)
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        connection.sendall(EARLY % 1_000_000 + b"x")
+        assert connection.recv(2**16).endswith(b"no")
+    time.sleep(1)
+    assert not [record.getMessage() for record in caplog.records if record.name == "asyncio"]
+
+
 def test_a_request_that_ends_after_its_answer_may_be_followed_by_another(
     port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
