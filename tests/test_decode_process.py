@@ -178,7 +178,7 @@ def test_large_images_wait_for_a_turn(
     ended: list[object] = []
 
     def decode_large(process: DecodeProcess, source: Source) -> None:
-        ended.append(process.decode_into(source, pixels.copy(), timeout_s=5, tries=1))
+        ended.append(process.decode_into(source, pixels.copy(), timeout_s=2, tries=1))
 
     processes = [DecodeProcess(SPEC, turn_s=60) for _ in range(2)]
     work = [
@@ -189,7 +189,7 @@ def test_large_images_wait_for_a_turn(
         assert processes[0].decode_into(files[0], pixels) == decode(files[0], SPEC)[1:], "small ones need none"
         for thread in work:
             thread.start()
-        time.sleep(6)
+        time.sleep(2.5)
         assert not ended, "nor does it count as the time for decoding"
         turns_taken.close()
         for thread in work:
