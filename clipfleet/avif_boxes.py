@@ -26,7 +26,7 @@ def check_pictures(data: bytes, max_pixels: int) -> list[Frames]:
     Raises ImageTooManyPixels or ImageCorrupt.
     """
     found: list[Frames] = []
-    exif = 0
+    exif = largest = frames = together = 0
     units = Units(_UNITS)
     try:
         for kind, item in _items_and_samples(data):
@@ -36,8 +36,10 @@ def check_pictures(data: bytes, max_pixels: int) -> list[Frames]:
                     raise Damaged(f"there are more than {_EXIF_ITEMS} of EXIF data")
                 check_exif(bytes(item[4:]), all_read=True)
                 continue
-            found.append(frames_of(item, units))
-            largest, frames, together = _totals(found)
+            picture = frames_of(item, units)
+            found.append(picture)
+            with_frames = picture.pixels * picture.number
+            largest, frames, together = max(largest, picture.pixels), max(frames, with_frames), together + with_frames
             if largest > max_pixels or frames > _FRAMES_OF_ONE * max_pixels or together > _ALL_PICTURES * max_pixels:
                 raise ImageTooManyPixels(
                     f"the AVIF decodes to pictures of {largest:,} pixels, {frames:,} with their hidden frames, {together:,} "
@@ -48,12 +50,6 @@ def check_pictures(data: bytes, max_pixels: int) -> list[Frames]:
     except (Damaged, struct.error, IndexError, OverflowError) as error:
         raise ImageCorrupt(f"the AVIF's pictures cannot be read: {error}", format="AVIF") from error
     return found
-
-
-def _totals(pictures: list[Frames]) -> tuple[int, int, int]:
-    """Pixels of the largest picture, of the largest with all of its frames, and of everything."""
-    with_frames = [picture.pixels * picture.number for picture in pictures]
-    return max(picture.pixels for picture in pictures), max(with_frames), sum(with_frames)
 
 
 def _items_and_samples(data: bytes) -> Iterator[tuple[bytes, memoryview]]:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from opentelemetry.context import Context
 
 _APART = 2  # images at once, each in a process of its own
-_MOST_BYTES_A_PIXEL = 20  # of decoding_bytes, over all formats and modes
+_MOST_BYTES_A_PIXEL = 28  # of decoding_bytes, over all formats and modes
 _PATIENCE_S, _PAUSE_S = 5.0, 0.05  # of an image that waits for memory in its turn, and between two turns
 
 Pixels = np.ndarray | ClipfleetError  # one image's outcome: (H, W, 3) uint8, or what was wrong

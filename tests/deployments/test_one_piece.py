@@ -85,16 +85,19 @@ def test_an_application_that_fails_in_between_is_a_500_and_no_half_answer(port: 
     assert b"".join(pieces(port, "/bug")).startswith(b"HTTP/1.1 500")
 
 
-EARLY = b"POST /early HTTP/1.1\r\nHost: here\r\nContent-Length: %d\r\n\r\n"
+def answered_early(port: int, length: int) -> socket.socket:
+    """A connection with an answer to a request of which one byte has come."""
+    connection = socket.create_connection(("127.0.0.1", port), timeout=20)
+    connection.sendall(b"POST /early HTTP/1.1\r\nHost: here\r\nContent-Length: %d\r\n\r\nx" % length)
+    assert connection.recv(2**16).endswith(b"no")
+    return connection
 
 
 def test_a_connection_whose_request_is_answered_and_goes_on_for_ever_ends(
     port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("deployments.one_piece.LINGER_S", 0.5)
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
-        connection.sendall(EARLY % 1_000_000 + b"x")
-        assert connection.recv(2**16).endswith(b"no")
+    with answered_early(port, 1_000_000) as connection:
 
         def is_ended() -> bool:
             try:
@@ -110,9 +113,7 @@ def test_a_client_that_leaves_before_that_is_no_error(
     port: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("deployments.one_piece.LINGER_S", 0.2)
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
-        connection.sendall(EARLY % 1_000_000 + b"x")
-        assert connection.recv(2**16).endswith(b"no")
+    answered_early(port, 1_000_000).close()
     time.sleep(1)
     assert not [record.getMessage() for record in caplog.records if record.name == "asyncio"]
 
@@ -121,10 +122,8 @@ def test_a_request_that_ends_after_its_answer_may_be_followed_by_another(
     port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("deployments.one_piece.LINGER_S", 0.3)
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
-        connection.sendall(EARLY % 4 + b"xx")
-        assert connection.recv(2**16).endswith(b"no")
-        connection.sendall(b"xxGET / HTTP/1.1\r\nHost: here\r\n\r\n")  # takes 0.4 s
+    with answered_early(port, 4) as connection:
+        connection.sendall(b"xxxGET / HTTP/1.1\r\nHost: here\r\n\r\n")  # takes 0.4 s
         found = b""
         while not found.endswith(b"more"):
             piece = connection.recv(2**16)
